@@ -1,0 +1,1 @@
+"""fastdit: train Diffusion Transformers fast. The verbs are train.py, encode.py and sample.py; start with train.py."""

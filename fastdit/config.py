@@ -1,0 +1,380 @@
+"""What a run is: frozen dataclasses, the recipes, and the command line made of them. The trailing comments are the help."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong. A verb prints it in one line and exits with status 2."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = ""  # run folder under --run.folder; empty: the recipe's name
+    folder: str = "runs"  # where run folders live
+    fresh: bool = False  # start anew in NAME-2, NAME-3, … instead of resuming NAME
+    seed: int = 0  # weights, data order, flips, noise and timesteps all follow from it
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: Literal["cats", "hub", "folder"] = "cats"  # embedded cats, a dataset by name, or a folder of images or parquet
+    path: str = ""  # the hub dataset's name, or the folder
+    split: str = "train"  # of a hub dataset
+    revision: str = ""  # of a hub dataset: branch, tag or commit to pin
+    streaming: bool = False  # read a hub dataset as it downloads instead of caching it first
+    image_column: str = "image"  # of a hub dataset or parquet
+    label_column: str = "label"  # of a hub dataset or parquet; unlabelled where there is no such column
+    num_images: int = 0  # use only the first so many images; 0: all (cats: 20,000)
+    image_size: tuple[int, int] = (32, 32)  # rows and columns every image is resized to
+    hflip: bool = True  # see each image mirrored half of the time
+    vae: str = ""  # folder or hub id of a diffusers AutoencoderKL; empty: train on pixels
+    vae_revision: str = ""  # hub revision of the VAE to pin
+    packs: str = "packs"  # where encoded datasets live
+    device_gib: float = 16.0  # a pack up to this size stays on the device, a larger one is read ahead from disk
+    max_bad: float = 0.01  # share of undecodable images above which encoding fails
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    input_size: tuple[int, int] = (32, 32)  # rows and columns the network sees: pixels, or the VAE's latents
+    channels: int = 3  # of the network's input: 3 for pixels, 4 for SD latents
+    num_classes: int = 15  # 0: unconditional
+    patch: int = 2  # side of the square patch that becomes one token
+    depth: int = 6  # blocks
+    width: int = 192  # D, of the residual stream
+    num_heads: int = 3  # attention heads; must divide width
+    mlp_ratio: int = 4  # hidden width of the MLP, F, over D
+    conv_kernel: int = 3  # depthwise convolution in the MLP: 3, 4 or 5; 0: plain MLP
+    class_dropout: float = 0.0  # share of labels replaced by the null class, for classifier-free guidance
+    learn_sigma: bool = False  # predict the reverse process's variance too (twice the output channels)
+    qk_norm: bool = False  # RMS-normalise q and k per head
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    kind: Literal["ddpm", "flow"] = "ddpm"  # discrete DDPM, or rectified flow
+    prediction: Literal["epsilon", "v", "x0"] = "epsilon"  # what the network predicts under ddpm; flow predicts velocity
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"  # as diffusers names them
+    timesteps: int = 1000  # of the training process
+    min_snr: float = 0.0  # gamma of min-SNR loss weighting (5 in the paper); 0: off
+    flow_t: Literal["uniform", "logit_normal"] = "uniform"  # distribution of t under flow
+    clip_x0: bool = True  # clip predicted x0 to ±1 while sampling: right for pixels, wrong for latents
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler"] = "auto"  # auto: dpm++, or euler under flow
+    steps: int = 20  # network evaluations per image
+    guidance: float = 1.0  # classifier-free guidance scale; 1: off, one forward per step
+    num: int = 64  # images in the grid
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    images: int = 100_000  # images to see, then stop
+    batch: int = 64  # images per rank and micro-step
+    grad_accum: int = 1  # micro-steps per optimizer step
+    lr: float = 1e-4  # peak, AdamW
+    lr_decay: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine falls to zero at the last image
+    warmup_images: int = 0  # linear warm-up of the learning rate, in images seen
+    weight_decay: float = 1e-2  # on matrices only
+    beta2: float = 0.999  # AdamW; beta1 is 0.9
+    grad_clip: float = 1.0  # global norm; 0: off
+    ema: float = 0.9999  # decay of the averaged weights per step; warms up as (1 + step) / (10 + step)
+    max_skips: int = 20  # stop after so many non-finite steps in a row
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    precision: Literal["bf16", "fp32"] = "bf16"  # of parameters and activations in the network; sums are fp32 either way
+    shard: int = 0  # ranks a copy of the weights is sharded over; 0: the ranks of one node (HSDP across nodes)
+    reshard_after_forward: bool = False  # free gathered weights between forward and backward: less memory, more traffic
+    checkpoint_activations: bool = False  # recompute each block in the backward: less memory, a third more FLOPs
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: on a GPU
+    threads: int = 0  # CPU threads per rank; 0: this rank's share of the cores
+    timeout_minutes: float = 10.0  # a rank silent for longer in a collective ends the run
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    print_every: int = 0  # images between lines of metrics.jsonl; 0: one in 200 of the run
+    sample_every: int = 0  # images between sample grids; 0: one in 10 of the run
+    save_every: int = 0  # images between checkpoints; 0: one in 10 of the run
+    keep: int = 3  # newest checkpoints kept
+    wandb: str = ""  # Weights & Biases project to log to; empty: none
+    peak_tflops: float = 0.0  # dense bf16 peak of the device for MFU; 0: looked up by its name, no MFU where unknown
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: Triton on a GPU, plain PyTorch elsewhere
+    attention: Literal["auto", "sdpa", "flash"] = "auto"  # auto: flash-attn where it is installed and fits, else SDPA
+
+
+# The DiT paper's sizes (arXiv 2212.09748, table 1): depth, width, heads.
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+
+def dit(size: str, patch: int, **fields: Any) -> ModelConfig:
+    """A model of the paper's sizes, S, B, L or XL, e.g. dit("XL", 2, num_classes=1000) for DiT-XL/2."""
+    depth, width, num_heads = SIZES[size]
+    return ModelConfig(depth=depth, width=width, num_heads=num_heads, patch=patch, **fields)
+
+
+RECIPES = {
+    # Drawn cats composed from layers that a dependency ships: no GPU and no download, pictures within minutes.
+    "cats": Config(
+        train=TrainConfig(images=60_000, batch=64, lr=1e-3, lr_decay="cosine", warmup_images=3_000),
+    ),
+    # The paper recipe of this repository: huggan/cats at 256 pixels, DiT-B/2 on SD latents, 8 GPUs.
+    "cats-256": Config(
+        data=DataConfig("hub", path="huggan/cats", image_size=(256, 256), vae="stabilityai/sd-vae-ft-mse"),
+        model=dit("B", 2, channels=4, num_classes=0),
+        diffusion=DiffusionConfig(clip_x0=False),
+        train=TrainConfig(images=10_000_000, batch=32, lr=1e-4, weight_decay=1e-2),
+    ),
+    # DiT-XL/2 on ImageNet at 256 pixels, as in the DiT paper: global batch 256, 400k steps, plain MLP, learned sigma.
+    "imagenet-256-xl": Config(
+        data=DataConfig("hub", path="ILSVRC/imagenet-1k", image_size=(256, 256), vae="stabilityai/sd-vae-ft-ema"),
+        model=dit("XL", 2, channels=4, num_classes=1000, conv_kernel=0, class_dropout=0.1, learn_sigma=True),
+        diffusion=DiffusionConfig(beta_schedule="linear", clip_x0=False),
+        train=TrainConfig(images=102_400_000, batch=32, lr=1e-4, weight_decay=0.0),
+    ),
+}
+
+
+def replace(config: Config, **groups: dict[str, Any]) -> Config:
+    """A copy with fields of groups changed: replace(config, train={"batch": 8}, run={"name": "short"})."""
+    return dataclasses.replace(config, **{g: dataclasses.replace(getattr(config, g), **f) for g, f in groups.items()})
+
+
+# --- the command line ---
+
+
+def parse(argv: Sequence[str], prog: str, description: str) -> Config:
+    """[RECIPE] [--group.field value …] → a validated Config. Raises UserError, one line, for anything else."""
+    args = list(argv)
+    recipe = args.pop(0) if args and not args[0].startswith("-") else "cats"
+    if recipe not in RECIPES:
+        raise UserError(f"unknown recipe {recipe!r}{_nearest(recipe, RECIPES)}; recipes: {', '.join(RECIPES)}")
+    usage = f"{description}\n\n{prog} [RECIPE] [--group.field VALUE …]    recipes: {', '.join(RECIPES)} (default cats)"
+    config = parse_args(Config, args, prog, usage, default=RECIPES[recipe])
+    if not config.run.name:
+        config = replace(config, run={"name": recipe})
+    validate(config)
+    return config
+
+
+def parse_args(cls: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
+    """A dataclass from --field arguments, by tyro. Raises UserError, one line, naming the nearest valid field."""
+    names = set(_option_names(cls))
+    for arg in argv:
+        if arg.startswith("--") and arg != "--help":
+            name = arg[2:].partition("=")[0].replace("-", "_")
+            head, _, tail = name.rpartition(".")
+            plain = f"{head}.{tail.removeprefix('no_')}" if head else tail.removeprefix("no_")
+            if name not in names and plain not in names:
+                raise UserError(f"unknown option --{name}{_nearest(name, names, '--')}")
+    out = io.StringIO()
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(out):
+            return tyro.cli(cls, args=list(argv), prog=prog, description=description, use_underscores=True, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws a box round its message; its words are what the user needs.
+        words = re.sub(r"[^\x20-\x7e…]+|[─-╿]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()))
+        words = re.sub(r"\s+", " ", re.sub(r"-{3,}", " ", words)).strip()
+        raise UserError(re.sub(r"^Parsing error\s*|\s*For full helptext.*$", "", words)) from None
+
+
+def _option_names(cls: type, prefix: str = "") -> list[str]:
+    names = []
+    for f in dataclasses.fields(cls):
+        nested = typing.get_type_hints(cls)[f.name]
+        if dataclasses.is_dataclass(nested):
+            names += _option_names(typing.cast(type, nested), f"{prefix}{f.name}.")
+        else:
+            names.append(prefix + f.name)
+    return names
+
+
+def _nearest(word: str, valid: typing.Iterable[str], dashes: str = "") -> str:
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"; did you mean {dashes}{near[0]}?" if near else ""
+
+
+def exit_cleanly(main: Callable[[], None], rank: int = 0) -> None:
+    """Run a verb's main; a UserError becomes one line on stderr (rank 0's) and exit status 2, on every rank."""
+    try:
+        main()
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+# --- what must hold, before anything touches the disk or the network ---
+
+
+def validate(config: Config) -> None:
+    """Raise UserError, one line naming the field and what would be valid, for any value that cannot work."""
+    m, t, d = config.model, config.train, config.data
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(message)
+
+    for group in dataclasses.fields(config):
+        value = getattr(config, group.name)
+        if dataclasses.is_dataclass(value):
+            for f in dataclasses.fields(value):
+                x = getattr(value, f.name)
+                for n in x if isinstance(x, tuple) else (x,):
+                    if isinstance(n, int | float) and f.name != "seed":
+                        need(0 <= n < float("inf"), f"--{group.name}.{f.name} is {n}; it must be finite and not negative")
+    for name in ("images", "batch", "grad_accum", "lr", "max_skips"):
+        need(getattr(t, name) > 0, f"--train.{name} is {getattr(t, name)}; it must be positive")
+    for name in ("channels", "patch", "depth", "width", "num_heads", "mlp_ratio"):
+        need(getattr(m, name) > 0, f"--model.{name} is {getattr(m, name)}; it must be positive")
+    need(
+        bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.run.name or "x")),
+        f"--run.name {config.run.name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit",
+    )
+    need(m.width % m.num_heads == 0, f"--model.num_heads {m.num_heads} does not divide --model.width {m.width}")
+    need(m.width % 4 == 0, f"--model.width {m.width} is not a multiple of 4, which the position embedding needs")
+    for side in m.input_size:
+        need(
+            side > 0 and side % m.patch == 0,
+            f"--model.patch {m.patch} does not divide --model.input_size {m.input_size[0]}×{m.input_size[1]}",
+        )
+    need(
+        m.conv_kernel in (0, 3, 4, 5),
+        f"--model.conv_kernel is {m.conv_kernel}; valid are 3, 4, 5, and 0 for a plain MLP",
+    )
+    need(m.class_dropout < 1, f"--model.class_dropout is {m.class_dropout}; it must be below 1")
+    need(m.num_classes > 0 or m.class_dropout == 0, "--model.class_dropout needs classes, and --model.num_classes is 0")
+    need(t.ema < 1, f"--train.ema is {t.ema}; it must be below 1")
+    need(t.beta2 < 1, f"--train.beta2 is {t.beta2}; it must be below 1")
+    need(d.max_bad <= 1, f"--data.max_bad is {d.max_bad}; it is a share, 0 to 1")
+    need(config.diffusion.timesteps > 0, f"--diffusion.timesteps is {config.diffusion.timesteps}; it must be positive")
+    need(d.source == "cats" or bool(d.path), f"--data.source {d.source} needs --data.path")
+    if d.source == "cats":
+        need(
+            d.image_size in ((32, 32), (64, 64)),
+            f"--data.image_size {d.image_size[0]}×{d.image_size[1]}: the embedded cats come at 32×32 or 64×64",
+        )
+    if not d.vae:
+        need(m.channels == 3, f"--model.channels is {m.channels}; pixels have 3 (for latents name a --data.vae)")
+        need(
+            m.input_size == d.image_size,
+            f"--model.input_size {m.input_size[0]}×{m.input_size[1]} differs from --data.image_size {d.image_size[0]}×{d.image_size[1]}; without a VAE they are equal",
+        )
+    s = config.sample
+    need(s.steps > 0, f"--sample.steps is {s.steps}; it must be positive")
+    need(
+        s.steps <= config.diffusion.timesteps,
+        f"--sample.steps {s.steps} is more than --diffusion.timesteps {config.diffusion.timesteps}",
+    )
+    need(s.num > 0, f"--sample.num is {s.num}; it must be positive")
+    need(
+        s.guidance == 1 or m.class_dropout > 0,
+        f"--sample.guidance {s.guidance:g} needs a model trained with --model.class_dropout above 0",
+    )
+    flow = config.diffusion.kind == "flow"
+    if s.sampler != "auto":
+        need(
+            (s.sampler == "euler") == flow,
+            f"--sample.sampler {s.sampler} does not sample --diffusion.kind {config.diffusion.kind}; use {'euler' if flow else 'ddpm, ddim or dpm++'}",
+        )
+    need(not (flow and m.learn_sigma), "--model.learn_sigma is a DDPM option; flow has no variance to learn")
+    need(
+        not (flow and config.diffusion.min_snr),
+        "--diffusion.min_snr weights DDPM losses; it has no meaning under --diffusion.kind flow",
+    )
+    need(
+        config.parallel.timeout_minutes > 0,
+        f"--parallel.timeout_minutes is {config.parallel.timeout_minutes}; it must be positive",
+    )
+    need(config.log.keep > 0, f"--log.keep is {config.log.keep}; it must be positive")
+
+
+# --- to and from JSON ---
+
+
+def save(config: Config, path: Path) -> None:
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def load(path: Path) -> Config:
+    """Read a run's config.json. Raises UserError naming the file and the field where it is not one."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable config ({error})") from None
+    config = _build(Config, data, str(path))
+    validate(config)
+    return config
+
+
+def _build(cls: Any, data: Any, where: str) -> Any:
+    """A value of type cls out of parsed JSON, strictly: the file may come from anywhere."""
+    if dataclasses.is_dataclass(cls):
+        if not isinstance(data, dict):
+            raise UserError(f"{where}: expected a group of settings, found {data!r}")
+        hints = typing.get_type_hints(cls)
+        for name in data:
+            if name not in hints:
+                raise UserError(f"{where}: unknown setting {name!r}{_nearest(str(name), hints)}")
+        return typing.cast(Any, cls)(**{name: _build(hints[name], value, f"{where}: {name}") for name, value in data.items()})
+    origin = typing.get_origin(cls)
+    if origin is Literal:
+        if data not in typing.get_args(cls):
+            raise UserError(f"{where} is {data!r}; valid are {', '.join(map(repr, typing.get_args(cls)))}")
+        return data
+    if origin is tuple:
+        kinds = typing.get_args(cls)
+        if not isinstance(data, list) or len(data) != len(kinds):
+            raise UserError(f"{where} is {data!r}; expected {len(kinds)} values")
+        return tuple(_build(kind, x, where) for kind, x in zip(kinds, data, strict=True))
+    if cls is float and type(data) is int:
+        return float(data)
+    if type(data) is not cls:
+        raise UserError(f"{where} is {data!r}; expected {cls.__name__}")
+    return data
+
+
+def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
+    """The settings in which two configs differ: ["train.lr: 0.0001 here, 0.001 there", …]."""
+    found: list[str] = []
+    for f in dataclasses.fields(ours):
+        a, b = getattr(ours, f.name), getattr(theirs, f.name)
+        if dataclasses.is_dataclass(a) and not isinstance(a, type):
+            found += differences(a, b, f"{prefix}{f.name}.")
+        elif a != b:
+            found.append(f"{prefix}{f.name}: {a} here, {b} there")
+    return found

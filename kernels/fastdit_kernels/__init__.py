@@ -1,0 +1,21 @@
+"""The seam between the model and its kernels: one field per op the model calls.
+
+`DiT(config, REFERENCE)` runs on plain PyTorch, `DiT(config, TRITON)` on the fused kernels; both sides of every field have the
+same signature, and `REFERENCE._replace(gelu_dwconv=...)` switches one op for bisection and ablation.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Ops"]
+
+
+class Ops(NamedTuple):
+    """The four ops of a DiT block. Shapes and formulas are in `reference.py`, which is their specification."""
+
+    ln_modulate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gate_residual_ln_modulate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    gelu_dwconv: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+    attention: Callable[[Tensor | tuple[Tensor, Tensor, Tensor]], Tensor]

@@ -1,0 +1,64 @@
+"""Every op in plain PyTorch: the specification the kernels are tested against, and what a machine without a GPU trains on.
+
+Arithmetic is fp32 (fp64 for fp64 inputs) and each result is cast once, at the end, to the dtype of the stream it belongs to.
+B samples, T = H·W tokens, D width, F hidden width of the MLP.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdit_kernels import Ops
+from fastdit_kernels.attention import attention
+
+EPS = 1e-6  # of every LayerNorm in a DiT
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(x)·(1 + scale) + shift, with x already wide."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
+    return torch.addcmul(_wide(shift).unsqueeze(1), normed, _wide(scale).unsqueeze(1) + 1)
+
+
+def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: LN(x)·(1 + scale) + shift, LN without affine parameters, eps 1e-6 (DiT, arXiv 2212.09748, §3.2).
+
+    x [B, T, D]; shift and scale [B, D], any strides. Returns [B, T, D] in x's dtype.
+    """
+    return _modulate(_wide(x), shift, scale).to(x.dtype)
+
+
+def gate_residual_ln_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Finish a block's gated residual and open the next one: r = x + gate·y, m = LN(r)·(1 + scale) + shift.
+
+    x and y [B, T, D] of one dtype; gate, shift and scale [B, D], any strides. Returns (r, m), both [B, T, D] in x's dtype.
+    r is rounded to x's dtype before it is normalised, so that forward and backward see the residual that was stored.
+    """
+    r = torch.addcmul(_wide(x), _wide(y), _wide(gate).unsqueeze(1)).to(x.dtype)
+    return r, _modulate(_wide(r), shift, scale).to(x.dtype)
+
+
+def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, height: int, width: int) -> Tensor:
+    """Depthwise K×K convolution of GELU_tanh(h + bias) on the token grid (LocalViT, arXiv 2104.05707).
+
+    h [B, H·W, F]; bias and conv_bias [F]; weight [F, 1, K, K] as nn.Conv2d keeps it, K in {3, 4, 5}. Zero padding of the
+    activation keeps the grid: (K-1)//2 before and K//2 after, so K = 4 pads 1 and 2, as PyTorch's padding="same" does.
+    Returns [B, H·W, F] in h's dtype. Tokens (B, H·W, F) are NHWC already, so the convolution sees a channels_last view.
+    """
+    B, T, F_ = h.shape
+    K = weight.shape[-1]
+    a = F.gelu(_wide(h) + _wide(bias), approximate="tanh")
+    a = a.view(B, height, width, F_).permute(0, 3, 1, 2)  # [B, F, H, W], channels_last strides: a view
+    w = _wide(weight)
+    if K % 2 == 0:
+        # A zero row and column before the kernel make its padding symmetric, at no copy of the activation.
+        w = F.pad(w, (1, 0, 1, 0))
+    z = F.conv2d(a, w, _wide(conv_bias), padding=K // 2, groups=F_)
+    return z.permute(0, 2, 3, 1).reshape(B, T, F_).to(h.dtype)
+
+
+REFERENCE = Ops(ln_modulate, gate_residual_ln_modulate, gelu_dwconv, attention)
