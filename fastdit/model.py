@@ -1,0 +1,252 @@
+"""The Diffusion Transformer (DiT, arXiv 2212.09748), with a depthwise convolution in its MLP (LocalViT, arXiv 2104.05707).
+
+B batch, T tokens = rows·columns of patches, D width, F hidden width of the MLP, H heads, K head dim, C channels, L blocks.
+Every op a kernel can replace comes in through `Ops`; the module tree and its parameter names are the same for all of them.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from fastdit_kernels import Ops
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fastdit.config import ModelConfig
+from fastdit.draws import generator
+
+FREQUENCIES = 256  # sinusoids that embed the timestep
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        D, self.num_heads = config.width, config.num_heads
+        self.attention = ops.attention
+        self.qkv = nn.Linear(D, 3 * D)
+        self.proj = nn.Linear(D, D)
+        self.q_norm = nn.RMSNorm(D // self.num_heads, eps=1e-6) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(D // self.num_heads, eps=1e-6) if config.qk_norm else None
+
+    def forward(self, m: Tensor) -> Tensor:
+        B, T, _ = m.shape
+        qkv = self.qkv(m).view(B, T, 3, self.num_heads, -1)  # [B, T, 3, H, K]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = qkv.unbind(2)
+            return self.proj(self.attention((self.q_norm(q), self.k_norm(k), v)))
+        return self.proj(self.attention(qkv))
+
+
+class DepthwiseMLP(nn.Module):
+    """fc1 → GELU → depthwise convolution on the token grid → fc2. fc1's bias is added inside the fused op."""
+
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        D, F_, K = config.width, config.mlp_ratio * config.width, config.conv_kernel
+        self.gelu_dwconv = ops.gelu_dwconv
+        self.grid = tuple(side // config.patch for side in config.input_size)
+        self.fc1 = nn.Linear(D, F_)
+        self.conv = nn.Conv2d(F_, F_, K, groups=F_)  # holds the parameters; the op computes
+        self.fc2 = nn.Linear(F_, D)
+
+    def forward(self, m: Tensor) -> Tensor:
+        assert self.conv.bias is not None
+        h = F.linear(m, self.fc1.weight)  # [B, T, F]
+        return self.fc2(self.gelu_dwconv(h, self.fc1.bias, self.conv.weight, self.conv.bias, *self.grid))
+
+
+class MLP(nn.Module):
+    """fc1 → GELU → fc2, as in the DiT paper."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, F_ = config.width, config.mlp_ratio * config.width
+        self.fc1 = nn.Linear(D, F_)
+        self.fc2 = nn.Linear(F_, D)
+
+    def forward(self, m: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(m), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """An adaLN-Zero block. Its last residual is carried: the update y it returns is gated and added by the next norm."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, recompute: bool):
+        super().__init__()
+        self.ops = ops
+        self.recompute = recompute
+        self.attn = Attention(config, ops)
+        self.mlp = DepthwiseMLP(config, ops) if config.conv_kernel else MLP(config)
+
+    def forward(self, x: Tensor, y: Tensor | None, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """x and the carried update y [B, T, D] (None in the first block), and modulation [B, 6, D]: the carried update's gate,
+        then shift and scale before attention, its gate, shift and scale before the MLP. The first block has no carried gate:
+        [B, 5, D]. Returns x and the MLP's update, not yet gated or added.
+        """
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._run, x, y, modulation, use_reentrant=False)
+        return self._run(x, y, modulation)
+
+    def _run(self, x: Tensor, y: Tensor | None, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        *carried, shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp = modulation.unbind(1)
+        if y is None:
+            m = self.ops.ln_modulate(x, shift_msa, scale_msa)
+        else:
+            x, m = self.ops.gate_residual_ln_modulate(x, y, carried[0], shift_msa, scale_msa)
+        x, m = self.ops.gate_residual_ln_modulate(x, self.attn(m), gate_msa, shift_mlp, scale_mlp)
+        return x, self.mlp(m)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.ops = ops
+        self.linear = nn.Linear(config.width, config.patch**2 * out_channels(config))
+
+    def forward(self, x: Tensor, y: Tensor, modulation: Tensor) -> Tensor:
+        """modulation [B, 3, D]: the carried update's gate, then this layer's own shift and scale."""
+        gate, shift, scale = modulation.unbind(1)
+        return self.linear(self.ops.gate_residual_ln_modulate(x, y, gate, shift, scale)[1])
+
+
+class DiT(nn.Module):
+    """The whole network. `ops` computes its fused parts; `recompute` trades a second forward of each block for its activations."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, recompute: bool = False):
+        super().__init__()
+        self.config = config
+        D, L = config.width, config.depth
+        rows, columns = (side // config.patch for side in config.input_size)
+        self.x_embedder = nn.Linear(config.channels * config.patch**2, D)
+        self.pos_embed = nn.Parameter(torch.empty(rows * columns, D))
+        self.t_embedder = nn.Sequential(nn.Linear(FREQUENCIES, D), nn.SiLU(), nn.Linear(D, D))
+        num_rows = config.num_classes + (config.class_dropout > 0)  # the last row is the null class
+        self.y_embedder = nn.Embedding(num_rows, D) if config.num_classes else None
+        # One projection makes every block's six vectors and the final layer's two: they all read the same SiLU(c).
+        self.adaLN_modulation = nn.Linear(D, (6 * L + 2) * D)
+        self.blocks = nn.ModuleList(Block(config, ops, recompute) for _ in range(L))
+        self.final_layer = FinalLayer(config, ops)
+
+    def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
+        """The modulation of all blocks, [B, 6·L + 2, D], from timesteps t [B] and labels y [B] (None: unconditional)."""
+        dtype = self.adaLN_modulation.weight.dtype
+        c = self.t_embedder(timestep_embedding(t, FREQUENCIES).to(dtype))
+        if self.y_embedder is not None:
+            assert y is not None, "a class-conditional model needs labels"
+            c = c + self.y_embedder(y)
+        return self.adaLN_modulation(F.silu(c)).view(len(c), -1, self.config.width)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
+        """Predict noise (or v, x0, velocity) from x [B, C, rows, columns] at t [B], 0 … timesteps, for labels y [B].
+
+        Returns fp32 [B, C, rows, columns], or 2·C channels with learn_sigma: the prediction, then the variance.
+        modulation: `condition(t, y)` computed before, where t and y repeat across calls, as they do in sampling.
+        """
+        if modulation is None:
+            modulation = self.condition(t, y)
+        # A block's last gate is read by whoever finishes its residual: the next block, or the final layer.
+        *per_block, last = modulation.split([5] + [6] * (self.config.depth - 1) + [3], dim=1)
+        patches = patchify(x, self.config.patch).to(self.x_embedder.weight.dtype)
+        h = self.x_embedder(patches) + self.pos_embed
+        update = None
+        for block, vectors in zip(self.blocks, per_block, strict=True):
+            h, update = block(h, update, vectors)
+        out = self.final_layer(h, update, last).float()
+        return unpatchify(out, self.config)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Set every parameter, sharded or not, to its starting value: a function of the seed and its name alone.
+
+        As in the DiT paper: Xavier-uniform matrices, N(0, 0.02) embeddings, zeros in the modulation and the final layer
+        (so a new model predicts zeros), and a sinusoidal start for the learnable position embedding.
+        """
+        for name, parameter in self.named_parameters():
+            full = self._initial(name, parameter.shape, generator("cpu", seed, "init", name))
+            if isinstance(parameter, DTensor):
+                # Each rank makes the full tensor and keeps its own part: no message, and no dependence on the world size.
+                full = full.to(parameter.device_mesh.device_type)
+                full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(full)
+
+    def _initial(self, name: str, shape: torch.Size, rng: torch.Generator) -> Tensor:
+        if name == "pos_embed":
+            rows, columns = (side // self.config.patch for side in self.config.input_size)
+            return position_embedding(rows, columns, self.config.width)
+        value = torch.zeros(shape)
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            return value.fill_(1)
+        if "conv." in name:  # nn.Conv2d's default: uniform within ±1/√(K·K)
+            return nn.init.uniform_(value, -1 / self.config.conv_kernel, 1 / self.config.conv_kernel, generator=rng)
+        if name.startswith(("adaLN_modulation", "final_layer")) or name.endswith("bias"):
+            return value
+        if name.startswith(("t_embedder", "y_embedder")):
+            return nn.init.normal_(value, std=0.02, generator=rng)
+        return nn.init.xavier_uniform_(value, generator=rng)
+
+
+def out_channels(config: ModelConfig) -> int:
+    return 2 * config.channels if config.learn_sigma else config.channels
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """[B, C, rows, columns] → [B, T, C·patch²], in the order a convolution's weight flattens to."""
+    return F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
+
+
+def unpatchify(tokens: Tensor, config: ModelConfig) -> Tensor:
+    """[B, T, patch²·C] → [B, C, rows, columns]; within a token the order is (row, column, channel), as in the DiT paper."""
+    B, p = len(tokens), config.patch
+    rows, columns = (side // p for side in config.input_size)
+    x = tokens.view(B, rows, columns, p, p, -1).permute(0, 5, 1, 3, 2, 4)  # [B, C, rows, p, columns, p]
+    return x.reshape(B, -1, rows * p, columns * p)
+
+
+def timestep_embedding(t: Tensor, size: int) -> Tensor:
+    """cos and sin of t [B] at `size`/2 frequencies from 1 to 1/10,000, in fp32: [B, size] (GLIDE; DiT, §3.2)."""
+    half = size // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10_000) / half))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def position_embedding(rows: int, columns: int, width: int) -> Tensor:
+    """2-D sinusoids, fp32 [rows·columns, width]: the first half of the width encodes the column, the second the row (MAE)."""
+
+    def encode(position: Tensor) -> Tensor:
+        quarter = width // 4
+        angles = position[:, None] / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    row, column = torch.meshgrid(torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij")
+    return torch.cat([encode(column.flatten()), encode(row.flatten())], dim=1).float()
+
+
+def macs_per_image(config: ModelConfig) -> dict[str, int]:
+    """Multiply-adds of one forward pass on one image, by part: what the DiT paper calls Gflops."""
+    D, L, p, r = config.width, config.depth, config.patch, config.mlp_ratio
+    T = math.prod(side // p for side in config.input_size)
+    return {
+        "embed": T * config.channels * p * p * D + FREQUENCIES * D + D * D,
+        "modulation": (6 * L + 2) * D * D,  # per image, not per token
+        "qkv and proj": L * 4 * T * D * D,
+        "attention": L * 2 * T * T * D,
+        "mlp": L * 2 * r * T * D * D,
+        "convolution": L * config.conv_kernel**2 * T * r * D,
+        "final": T * D * p * p * out_channels(config),
+    }
+
+
+def train_flops_per_image(config: ModelConfig) -> int:
+    """FLOPs of forward and backward on one image: 2 per multiply-add, and the backward twice the forward."""
+    return 6 * sum(macs_per_image(config).values())
+
+
+def named_shapes(config: ModelConfig) -> Iterator[tuple[str, torch.Size]]:
+    """Every parameter's name and full shape, without allocating any."""
+    from fastdit_kernels.reference import REFERENCE
+
+    with torch.device("meta"):
+        yield from ((name, p.shape) for name, p in DiT(config, REFERENCE).named_parameters())

@@ -1,0 +1,104 @@
+"""Processes, devices and sharding: one path from a single process on a CPU to nodes of GPUs.
+
+Order matters: blocks recompute inside what is compiled, and are compiled before they are sharded (FSDP2), then the root.
+"""
+
+import os
+import warnings
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from fastdit.config import ParallelConfig, UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class World(NamedTuple):
+    """This process among all: its rank, how many there are, the same within its node, and its device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+
+def init(config: ParallelConfig) -> World:
+    """Join the process group that torchrun describes; without torchrun, a group of one. Raises UserError."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        if local_size > torch.cuda.device_count():
+            raise UserError(f"{local_size} processes on this node, which has {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cuda:nccl,cpu:gloo"
+        torch.set_float32_matmul_precision("high")  # what stays fp32 on a GPU may use TF32
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        # torchrun sets OMP_NUM_THREADS=1, which would leave all but one core per rank idle.
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=config.timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return World(rank, size, local_rank, local_size, device)
+
+
+def shutdown() -> None:
+    """Leave together: a rank that destroys its group while another still uses it can abort the other."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def mesh(config: ParallelConfig, world: World) -> DeviceMesh:
+    """Ranks the weights are sharded over; across nodes a second dimension over which they are replicated (HSDP)."""
+    shard = config.shard or world.local_size
+    if world.size % shard:
+        raise UserError(f"--parallel.shard {shard} does not divide the {world.size} ranks")
+    if shard == world.size:
+        return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def compiles(config: ParallelConfig, device: torch.device) -> bool:
+    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+
+
+def shard(model: nn.Module, config: ParallelConfig, world: World) -> None:
+    """Compile and shard `model.blocks`, then the root, of a model built on the meta device; place it on the device, empty.
+
+    Parameters stay fp32 in their shards; they are gathered, and activations run, in `precision`; gradients are summed in fp32.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[config.precision],
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # t up to 999 does not survive bf16; the model casts what should be cast
+    )
+    # A Linear on [B, T, D] returns a view; the warning fears in-place ops on it, and the model has none.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    device_mesh = mesh(config, world)
+    for block in model.get_submodule("blocks").children():
+        if compiles(config, world.device):
+            block.compile(fullgraph=True)  # in place, so no `_orig_mod.` enters the names
+        fully_shard(block, mesh=device_mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    # The root holds what is needed first and last, so freeing it in between never pays.
+    fully_shard(model, mesh=device_mesh, mp_policy=policy, reshard_after_forward=False)
+    model.to_empty(device=world.device)
+    register_fsdp_forward_method(model, "condition")  # sampling calls it on its own
+
+
+def communicate(model: nn.Module, last: bool) -> None:
+    """Whether this micro-step's backward reduces gradients and frees gathered weights: only the last one of a step does."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last)
+    model.set_reshard_after_backward(last)
