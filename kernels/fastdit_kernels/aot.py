@@ -1,0 +1,307 @@
+"""Every kernel compiled for an A100 and an H100 with no GPU, and what the compiler made of it, read from the cubin.
+
+    python -m fastdit_kernels.aot [--json bench/results/static.json]
+
+prints, for each direction of each op: registers, spills, the widths of its global loads and stores, fp64 instructions, instructions per
+element, and the times that bytes, instruction issue and the special-function unit set as lower BOUNDS. Nothing here is a measurement.
+
+What is compiled is what an op launches: its own function runs on meta tensors with a recorder in place of the launch (`launch.py`).
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastdit_kernels import ln_modulate
+from fastdit_kernels.launch import Launch
+from fastdit_kernels.partials import split_rows
+
+SAMPLES, TOKENS = 32, 256  # of one GPU's batch at 256×256 pixels
+WIDTHS = (768, 1024, 1152, 1536)
+ELEMENT = 2  # bytes of a bf16
+
+
+class Device(NamedTuple):
+    """A GPU as its data sheet has it; four schedulers an SM issue one warp instruction a clock each."""
+
+    arch: int
+    bandwidth: float  # bytes/s
+    sms: int
+    clock: float  # Hz, boost
+
+    @property
+    def issue(self) -> float:
+        return self.sms * 4 * 32 * self.clock  # thread instructions/s
+
+    @property
+    def special(self) -> float:
+        return self.sms * 16 * self.clock  # MUFU results/s
+
+
+DEVICES = {
+    "A100 SXM 40 GB": Device(80, 1.555e12, 108, 1.41e9),
+    "H100 SXM": Device(90, 3.35e12, 132, 1.83e9),
+}
+
+
+class Recorded(NamedTuple):
+    kernel: Any
+    grid: tuple[int, ...]
+    num_warps: int
+    args: dict[str, Any]
+
+
+class Case(NamedTuple):
+    """One direction of an op at one size. `trips` says, for each kernel by name, how often each loop in its SASS runs, in the order
+    of their addresses, per entry of the loop; a kernel whose loops are all unrolled needs no entry."""
+
+    name: str
+    width: int
+    elements: int  # that the floor of bytes counts: of the stream, or of the hidden layer
+    floor: int  # bytes per element
+    moved: int  # bytes in all, with partials
+    build: Callable[[Launch], object]
+    trips: dict[str, tuple[int, ...]]
+
+
+class Compiled(NamedTuple):
+    """What the compiler made of one kernel launch. Counts are per thread, of instructions as they stand in the SASS."""
+
+    kernel: str
+    registers: int
+    spills: int  # local loads and stores, and bytes of local memory
+    stack: int
+    shared: int  # bytes
+    loads: dict[str, int]  # global loads by width in bits
+    stores: dict[str, int]
+    fp64: int
+    issued: float  # instructions a thread issues from entry to exit, loops counted
+    special: float  # of these, MUFU
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def record(build: Callable[[Launch], object]) -> list[Recorded]:
+    """The launches an op's function would make, with meta tensors for arguments."""
+    launches: list[Recorded] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], num_warps: int, **args: Any) -> None:
+        launches.append(Recorded(kernel, grid, num_warps, args))
+
+    build(launch)
+    return launches
+
+
+def source(launch: Recorded) -> ASTSource:
+    """The launch specialised as Triton's own launcher does: None and 1 are constants, multiples of 16 are known to be."""
+    types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.args[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = types[value.dtype]
+            aligned = value.storage_offset() * value.itemsize % 16 == 0  # the allocator aligns the storage
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            aligned = value % 16 == 0
+        else:
+            raise TypeError(
+                f"{launch.kernel.__name__}: argument {parameter.name} = {value!r}; only integers and tensors may vary"
+            )
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = getattr(triton.knobs.nvidia, name).path
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _instructions(sass: str) -> Iterator[tuple[str, int | None]]:
+    """(instruction, index it may jump back to) of each line of SASS, without the padding after the last exit."""
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            lines.append(instruction[1])
+    for i, line in enumerate(lines):
+        target = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line)
+        head = labels[target[1]] if target else None
+        if head == i:
+            return  # a kernel ends in a jump to itself, then NOPs
+        yield line, head if head is not None and head < i else None
+
+
+def _width(instruction: str) -> str:
+    """Bits of one access, from the suffixes of its opcode: LDG.E.128, LDG.E.U16, LDG.E."""
+    opcode = instruction.split("[")[0]
+    return next((width for width in ("128", "64", "16", "8") if re.search(rf"\.[US]?{width}\b", opcode)), "32")
+
+
+def inspect(kernel: str, cubin: bytes, trips: Sequence[int]) -> Compiled:
+    """Read registers, memory accesses and instruction counts from a cubin. Raises ValueError where `trips` does not fit its loops."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = list(_instructions(_tool("nvdisasm", "-c", file.name)))
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    loops: dict[int, int] = {}  # head to last instruction
+    for i, (_, head) in enumerate(sass):
+        if head is not None:
+            loops[head] = i
+    if len(loops) != len(trips):
+        raise ValueError(f"{kernel}: its SASS has {len(loops)} loops, and {len(trips)} trip counts were given")
+    weights = [1.0] * len(sass)
+    for (head, last), count in zip(sorted(loops.items()), trips, strict=True):
+        for i in range(head, last + 1):
+            weights[i] *= count
+    loads: Counter[str] = Counter()
+    stores: Counter[str] = Counter()
+    local = fp64 = 0
+    for line, _ in sass:
+        loads[_width(line)] += bool(re.search(r"\bLDG(STS)?\.", line))
+        stores[_width(line)] += bool(re.search(r"\bSTG\.", line))
+        local += bool(re.search(r"\b(LDL|STL)\b", line))
+        fp64 += bool(re.search(r"\bD(ADD|MUL|FMA|MNMX|SETP|MMA)\b|\bF2F\.\w*F64|\.F64\b", line))
+    special = sum(weight for weight, (line, _) in zip(weights, sass, strict=True) if "MUFU" in line)
+    return Compiled(
+        kernel, used["REG"], local + used["LOCAL"], used["STACK"], used["SHARED"], dict(+loads), dict(+stores), fp64, sum(weights), special
+    )  # fmt: skip
+
+
+def compile_launch(launch: Recorded, arch: int, trips: Sequence[int] = ()) -> Compiled:
+    """Compile one recorded launch for sm_<arch>, with no GPU, and read the result."""
+    compiled = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.num_warps})
+    return inspect(launch.kernel.__name__, compiled.asm["cubin"], trips)
+
+
+def examine(case: Case, device: str) -> dict[str, Any]:
+    """The row of one case on one device: per kernel what `Compiled` holds, and summed over kernels what bounds the time."""
+    limits = DEVICES[device]
+    kernels, issued, special = [], 0.0, 0.0
+    for launch in record(case.build):
+        compiled = compile_launch(launch, limits.arch, case.trips.get(launch.kernel.__name__, ()))
+        threads = 32 * launch.num_warps
+        for size in launch.grid:
+            threads *= size
+        issued += compiled.issued * threads
+        special += compiled.special * threads
+        kernels.append({**compiled._asdict(), "grid": launch.grid, "num_warps": launch.num_warps})
+    bounds = {
+        "bytes": case.moved / limits.bandwidth,
+        "issue": issued / limits.issue,
+        "special": special / limits.special,
+    }
+    return {
+        "op": case.name,
+        "width": case.width,
+        "device": device,
+        "arch": f"sm_{limits.arch}",
+        "elements": case.elements,
+        "floor_bytes_per_element": case.floor,
+        "bytes_per_element": case.moved / case.elements,
+        "instructions_per_element": issued / case.elements,
+        "special_per_element": special / case.elements,
+        "bound_us": {name: seconds * 1e6 for name, seconds in bounds.items()},
+        "bound_by": max(bounds, key=lambda name: bounds[name]),
+        "kernels": kernels,
+    }
+
+
+def ln_modulate_cases(B: int, T: int, D: int) -> list[Case]:
+    moved = ln_modulate.traffic(B, T, D, ELEMENT, ELEMENT)
+    x, packed, statistics = meta(B, T, D), meta(B, 6, D), meta(B, T, dtype=torch.float32)
+    shift, scale = packed[:, 0], packed[:, 1]
+    forward_rows = split_rows(B, T, ln_modulate.FORWARD_PROGRAMS, ln_modulate.FORWARD_ROWS)[1]
+    backward_rows = split_rows(B, T, ln_modulate.BACKWARD_PROGRAMS, ln_modulate.BACKWARD_ROWS)[1]
+    return [
+        Case(
+            "ln_modulate forward", D, B * T * D, 4, moved["forward"],
+            lambda launch: ln_modulate.forward(x, shift, scale, launch),
+            {"forward_kernel": (forward_rows,)},
+        ),
+        Case(
+            "ln_modulate backward", D, B * T * D, 6, moved["backward"],
+            lambda launch: ln_modulate.backward(x, x, scale, statistics, statistics, launch),
+            {"backward_kernel": (backward_rows,)},
+        ),
+    ]  # fmt: skip
+
+
+def cases() -> list[Case]:
+    """What the table shows and the tests hold to the bar: every op, forward and backward, at every width."""
+    return [case for D in WIDTHS for of_op in (ln_modulate_cases,) for case in of_op(SAMPLES, TOKENS, D)]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line for each kernel, and after an op's last one what it adds up to."""
+
+    def widths(counts: dict[str, int]) -> str:
+        return " ".join(f"{count}×{width}b" for width, count in sorted(counts.items(), key=lambda item: -int(item[0])))
+
+    lines = [
+        f"{'op and kernel':45} {'arch':6} {'width':>5} {'regs':>4} {'spill':>5} {'stack':>5} {'fp64':>4}  {'loads':16} {'stores':16}"
+        f" {'B/elem':>6} {'floor':>5} {'inst/elem':>9} {'mufu/elem':>9}   lower bounds in µs: bytes, issue, special"
+    ]
+    for row in rows:
+        for i, kernel in enumerate(row["kernels"]):
+            line = (
+                f"{row['op'] + ': ' + kernel['kernel']:45} {row['arch']:6} {row['width']:5} {kernel['registers']:4} {kernel['spills']:5}"
+                f" {kernel['stack']:5} {kernel['fp64']:4}  {widths(kernel['loads']):16} {widths(kernel['stores']):16}"
+            )
+            if i == len(row["kernels"]) - 1:
+                bound = row["bound_us"]
+                line += (
+                    f" {row['bytes_per_element']:6.2f} {row['floor_bytes_per_element']:5} {row['instructions_per_element']:9.1f}"
+                    f" {row['special_per_element']:9.3f}   {row['device']}: {bound['bytes']:.1f}, {bound['issue']:.1f}, {bound['special']:.1f}"
+                )
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Compile every kernel for an A100 and an H100 without a GPU; print what bounds them."
+    )
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: the kernels are interpreted functions and cannot be compiled")
+    rows = [examine(case, device) for case in cases() for device in DEVICES]
+    print(table(rows))
+    if arguments.json:
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {
+            "kind": "bounds from the compiled code, not measurements",
+            "samples": SAMPLES,
+            "tokens": TOKENS,
+            **versions,
+            "rows": rows,
+        }
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

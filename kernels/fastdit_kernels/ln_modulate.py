@@ -1,0 +1,173 @@
+"""adaLN, m = LN(x)·(1 + scale) + shift: x is read once and m written once, 4 bytes per element in bf16; backward 6.
+
+A program owns consecutive rows of one sample, a row at a time in registers, so the sample's shift and scale are loaded once and the
+sums over its tokens stay in registers. With x̂ = (x - mean)·rstd and g = dm·(1 + scale), for each row of D elements
+
+    dx = rstd·(g - mean(g) - x̂·mean(g·x̂))        dshift = Σ_t dm        dscale = Σ_t dm·x̂
+
+Backward stores no x̂: it recomputes it from x and the fp32 statistics, 8 bytes per row. The sums leave as one fp32 partial per
+program, which `partials.py` adds without atomics. Both kernels are bound by memory: the variance is taken in a second pass over
+registers (E[x²] - mean² would cancel), and costs no second read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdit_kernels.checks import STREAM_DTYPES, require, require_stream
+from fastdit_kernels.launch import Launch, block_and_warps, run, skip
+from fastdit_kernels.partials import split_rows, sum_partials
+from fastdit_kernels.reference import EPS
+
+__all__ = ["ln_modulate"]
+
+# Programs to aim for, and the fewest rows in one. Forward: sixteen resident on each SM of an A100 or an H100, and every program
+# reads its sample's shift and scale again, out of L2. Backward: four on each SM, and every program writes a partial.
+FORWARD_PROGRAMS, FORWARD_ROWS = 2048, 4
+BACKWARD_PROGRAMS, BACKWARD_ROWS = 512, 16
+
+
+@triton.jit
+def forward_kernel(
+    p_x, p_shift, p_scale, p_m, p_mean, p_rstd, T, rows, stride_shift, stride_scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,  # EPS constexpr: a compiler may pass Python floats as fp64
+):  # fmt: skip
+    i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_d = tl.arange(0, BLOCK)
+    m_d = o_d < D
+    b_shift = tl.load(p_shift + i_b * stride_shift + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_scale = 1.0 + tl.load(p_scale + i_b * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
+    for t in range(i_s * rows, min(i_s * rows + rows, T)):
+        row = i_b * T + t
+        b_x = tl.load(p_x + row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        mean = tl.sum(b_x, 0) / D
+        b_centred = tl.where(m_d, b_x - mean, 0.0)
+        rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 0) / D + EPS)
+        tl.store(p_mean + row, mean)
+        tl.store(p_rstd + row, rstd)
+        b_m = b_centred * rstd * b_scale + b_shift
+        tl.store(p_m + row * D + o_d, b_m.to(p_m.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def backward_kernel(
+    p_dm, p_x, p_scale, p_mean, p_rstd, p_dx, p_partials, T, rows, stride_scale, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_d = tl.arange(0, BLOCK)
+    m_d = o_d < D
+    b_scale = 1.0 + tl.load(p_scale + i_b * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_dshift = tl.zeros([BLOCK], tl.float32)
+    b_dscale = tl.zeros([BLOCK], tl.float32)
+    for t in range(i_s * rows, min(i_s * rows + rows, T)):
+        row = i_b * T + t
+        b_dm = tl.load(p_dm + row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_x = tl.load(p_x + row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        rstd = tl.load(p_rstd + row)
+        # Masked lanes of x̂ are not zero, but those of dm are, and x̂ enters every sum through dm.
+        b_xhat = (b_x - tl.load(p_mean + row)) * rstd
+        b_g = b_dm * b_scale
+        b_dx = rstd * (b_g - tl.sum(b_g, 0) / D - b_xhat * (tl.sum(b_g * b_xhat, 0) / D))
+        b_dshift += b_dm
+        b_dscale += b_dm * b_xhat
+        tl.store(p_dx + row * D + o_d, b_dx.to(p_dx.dtype.element_ty), mask=m_d)
+    p_partial = p_partials + (i_b * tl.num_programs(0) + i_s) * (2 * D) + o_d
+    tl.store(p_partial, b_dshift, mask=m_d)
+    tl.store(p_partial + D, b_dscale, mask=m_d)
+
+
+def forward(x: Tensor, shift: Tensor, scale: Tensor, launch: Launch) -> tuple[Tensor, Tensor, Tensor]:
+    """(m, mean, rstd): m like x, the statistics of each row [B, T] in fp32."""
+    B, T, D = x.shape
+    m = torch.empty_like(x)
+    mean, rstd = (torch.empty(B, T, dtype=torch.float32, device=x.device) for _ in range(2))
+    if x.numel():
+        splits, rows = split_rows(B, T, FORWARD_PROGRAMS, FORWARD_ROWS)
+        block, num_warps = block_and_warps(D)
+        launch(
+            forward_kernel, (splits, B), num_warps, p_x=x, p_shift=shift, p_scale=scale, p_m=m, p_mean=mean, p_rstd=rstd, T=T,
+            rows=rows, stride_shift=shift.stride(0), stride_scale=scale.stride(0), D=D, BLOCK=block, EPS=EPS,
+        )  # fmt: skip
+    return m, mean, rstd
+
+
+def backward(dm: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
+    """(dx, dmod): dx like x; dmod [B, 2, D] in scale's dtype holds dshift and dscale."""
+    B, T, D = x.shape
+    dx = torch.empty_like(x)
+    if not x.numel():
+        return dx, scale.new_zeros(B, 2, D)
+    dmod = scale.new_empty(B, 2, D)
+    splits, rows = split_rows(B, T, BACKWARD_PROGRAMS, BACKWARD_ROWS)
+    block, num_warps = block_and_warps(D)
+    partials = torch.empty(B, splits, 2 * D, dtype=torch.float32, device=x.device)
+    launch(
+        backward_kernel, (splits, B), num_warps, p_dm=dm, p_x=x, p_scale=scale, p_mean=mean, p_rstd=rstd, p_dx=dx,
+        p_partials=partials, T=T, rows=rows, stride_scale=scale.stride(0), D=D, BLOCK=block,
+    )  # fmt: skip
+    sum_partials(partials, dmod, launch)
+    return dx, dmod
+
+
+def traffic(B: int, T: int, D: int, stream: int, modulation: int) -> dict[str, int]:
+    """Bytes each direction moves through device memory, every address once; `stream` and `modulation` are bytes per element.
+
+    The floor of 2 and 3 streams; the statistics; the modulation and its gradient; and the fp32 partials, written and read.
+    """
+    splits, _ = split_rows(B, T, BACKWARD_PROGRAMS, BACKWARD_ROWS)
+    statistics = 8 * B * T
+    return {
+        "forward": 2 * B * T * D * stream + statistics + 2 * B * D * modulation,
+        "backward": 3 * B * T * D * stream + statistics + 3 * B * D * modulation + 2 * B * splits * 2 * D * 4,
+    }
+
+
+# A custom_op, not a triton_op: nothing before or after these kernels is left for a compiler to fuse with them (their neighbours are
+# matrix multiplications), and an opaque op takes strided views as they are, keeps Triton's own launcher and its fp32 scalars, and
+# compiles on a CPU, where its body runs in the interpreter.
+@torch.library.custom_op("fastdit::ln_modulate", mutates_args=())
+def _op(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return forward(x, shift, scale, run)
+
+
+@_op.register_fake
+def _(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return forward(x, shift, scale, skip)
+
+
+@torch.library.custom_op("fastdit::ln_modulate_backward", mutates_args=())
+def _backward_op(dm: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return backward(dm, x, scale, mean, rstd, run)
+
+
+@_backward_op.register_fake
+def _(dm: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return backward(dm, x, scale, mean, rstd, skip)
+
+
+def _save(ctx, inputs, output) -> None:
+    (x, _, scale), (_, mean, rstd) = inputs, output
+    ctx.save_for_backward(x, scale, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _differentiate(ctx, dm: Tensor, _mean: None, _rstd: None) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dmod = _backward_op(dm.contiguous(), *ctx.saved_tensors)  # autograd may hand over an expanded scalar
+    return dx, *dmod.unbind(1)
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: LN(x)·(1 + scale) + shift, LN without affine parameters, eps 1e-6 (DiT, arXiv 2212.09748, §3.2).
+
+    x [B, T, D], contiguous, bf16, fp16 or fp32, D up to 8192; shift and scale [B, D] of one such dtype, each row contiguous, any
+    batch stride. Returns [B, T, D] in x's dtype. Raises ValueError for anything else.
+    """
+    require_stream("ln_modulate", "x", x, "[B, T, D]")
+    B, _, D = x.shape
+    require("ln_modulate", "shift", shift, "[B, D]", (B, D), STREAM_DTYPES, x.device, "unit last stride")
+    require("ln_modulate", "scale", scale, "[B, D]", (B, D), (shift.dtype,), x.device, "unit last stride")
+    return _op(x, shift, scale)[0]
