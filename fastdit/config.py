@@ -206,10 +206,9 @@ def parse_args(cls: type[T], argv: Sequence[str], prog: str, description: str, d
     except SystemExit as stop:
         if not stop.code:
             raise
-        # tyro draws a box round its message; its words are what the user needs.
-        words = re.sub(r"[^\x20-\x7e…]+|[─-╿]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()))
-        words = re.sub(r"\s+", " ", re.sub(r"-{3,}", " ", words)).strip()
-        raise UserError(re.sub(r"^Parsing error\s*|\s*For full helptext.*$", "", words)) from None
+        # tyro's message is a box; what was wrong stands in it above the first rule.
+        inside = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).partition("\n")[2].partition("──")[0]
+        raise UserError(" ".join(inside.replace("│", " ").split())) from None
 
 
 def _option_names(cls: type, prefix: str = "") -> list[str]:
@@ -243,84 +242,82 @@ def exit_cleanly(main: Callable[[], None], rank: int = 0) -> None:
 
 def validate(config: Config) -> None:
     """Raise UserError, one line naming the field and what would be valid, for any value that cannot work."""
-    m, t, d = config.model, config.train, config.data
-
-    def need(ok: bool, message: str) -> None:
+    m, d, s, diffusion = config.model, config.data, config.sample, config.diffusion
+    flow = diffusion.kind == "flow"
+    grid, image = (f"{side[0]}×{side[1]}" for side in (m.input_size, d.image_size))
+    _validate_ranges(config)
+    for ok, message in (
+        (
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.run.name or "x"),
+            f"--run.name {config.run.name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit",
+        ),
+        (m.width % m.num_heads == 0, f"--model.num_heads {m.num_heads} does not divide --model.width {m.width}"),
+        (m.width % 4 == 0, f"--model.width {m.width} is not a multiple of 4, which the position embedding needs"),
+        (
+            all(side > 0 and side % m.patch == 0 for side in m.input_size),
+            f"--model.patch {m.patch} does not divide --model.input_size {grid}",
+        ),
+        (m.conv_kernel in (0, 3, 4, 5), f"--model.conv_kernel is {m.conv_kernel}; valid are 3, 4, 5, and 0 for a plain MLP"),
+        (m.num_classes or not m.class_dropout, "--model.class_dropout needs classes, and --model.num_classes is 0"),
+        (not (flow and m.learn_sigma), "--model.learn_sigma is a DDPM option; flow has no variance to learn"),
+        (not (flow and diffusion.min_snr), "--diffusion.min_snr weights DDPM losses; --diffusion.kind is flow"),
+        (d.source == "cats" or d.path, f"--data.source {d.source} needs --data.path"),
+        (
+            d.source != "cats" or d.image_size in ((32, 32), (64, 64)),
+            f"--data.image_size {image}: the embedded cats come at 32×32 or 64×64",
+        ),
+        (d.vae or m.channels == 3, f"--model.channels is {m.channels}; pixels have 3 (for latents name a --data.vae)"),
+        (
+            d.vae or m.input_size == d.image_size,
+            f"--model.input_size {grid} differs from --data.image_size {image}; without a VAE they are equal",
+        ),
+        (
+            s.steps <= diffusion.timesteps,
+            f"--sample.steps {s.steps} is more than --diffusion.timesteps {diffusion.timesteps}",
+        ),
+        (s.guidance == 1 or m.class_dropout, f"--sample.guidance {s.guidance:g} needs a --model.class_dropout above 0"),
+        (
+            s.sampler == "auto" or (s.sampler == "euler") == flow,
+            f"--sample.sampler {s.sampler} does not sample --diffusion.kind {diffusion.kind}; "
+            f"use {'euler' if flow else 'ddpm, ddim or dpm++'}",
+        ),
+    ):
         if not ok:
             raise UserError(message)
 
+
+POSITIVE = {
+    "train": ("images", "batch", "grad_accum", "lr", "max_skips"),
+    "model": ("channels", "patch", "depth", "width", "num_heads", "mlp_ratio", "input_size"),
+    "data": ("image_size",),
+    "diffusion": ("timesteps",),
+    "sample": ("steps", "num"),
+    "parallel": ("timeout_minutes",),
+    "log": ("keep",),
+}
+BELOW_ONE = {"train": ("ema", "beta2"), "model": ("class_dropout",)}
+
+
+def _validate_ranges(config: Config) -> None:
+    """Numbers are finite and not negative (the seed may be anything), some are positive, some below 1."""
     for group in dataclasses.fields(config):
-        value = getattr(config, group.name)
-        if dataclasses.is_dataclass(value):
-            for f in dataclasses.fields(value):
-                x = getattr(value, f.name)
-                for n in x if isinstance(x, tuple) else (x,):
-                    if isinstance(n, int | float) and f.name != "seed":
-                        need(0 <= n < float("inf"), f"--{group.name}.{f.name} is {n}; it must be finite and not negative")
-    for name in ("images", "batch", "grad_accum", "lr", "max_skips"):
-        need(getattr(t, name) > 0, f"--train.{name} is {getattr(t, name)}; it must be positive")
-    for name in ("channels", "patch", "depth", "width", "num_heads", "mlp_ratio"):
-        need(getattr(m, name) > 0, f"--model.{name} is {getattr(m, name)}; it must be positive")
-    need(
-        bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.run.name or "x")),
-        f"--run.name {config.run.name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit",
-    )
-    need(m.width % m.num_heads == 0, f"--model.num_heads {m.num_heads} does not divide --model.width {m.width}")
-    need(m.width % 4 == 0, f"--model.width {m.width} is not a multiple of 4, which the position embedding needs")
-    for side in m.input_size:
-        need(
-            side > 0 and side % m.patch == 0,
-            f"--model.patch {m.patch} does not divide --model.input_size {m.input_size[0]}×{m.input_size[1]}",
-        )
-    need(
-        m.conv_kernel in (0, 3, 4, 5),
-        f"--model.conv_kernel is {m.conv_kernel}; valid are 3, 4, 5, and 0 for a plain MLP",
-    )
-    need(m.class_dropout < 1, f"--model.class_dropout is {m.class_dropout}; it must be below 1")
-    need(m.num_classes > 0 or m.class_dropout == 0, "--model.class_dropout needs classes, and --model.num_classes is 0")
-    need(t.ema < 1, f"--train.ema is {t.ema}; it must be below 1")
-    need(t.beta2 < 1, f"--train.beta2 is {t.beta2}; it must be below 1")
-    need(d.max_bad <= 1, f"--data.max_bad is {d.max_bad}; it is a share, 0 to 1")
-    need(config.diffusion.timesteps > 0, f"--diffusion.timesteps is {config.diffusion.timesteps}; it must be positive")
-    need(d.source == "cats" or bool(d.path), f"--data.source {d.source} needs --data.path")
-    if d.source == "cats":
-        need(
-            d.image_size in ((32, 32), (64, 64)),
-            f"--data.image_size {d.image_size[0]}×{d.image_size[1]}: the embedded cats come at 32×32 or 64×64",
-        )
-    if not d.vae:
-        need(m.channels == 3, f"--model.channels is {m.channels}; pixels have 3 (for latents name a --data.vae)")
-        need(
-            m.input_size == d.image_size,
-            f"--model.input_size {m.input_size[0]}×{m.input_size[1]} differs from --data.image_size {d.image_size[0]}×{d.image_size[1]}; without a VAE they are equal",
-        )
-    s = config.sample
-    need(s.steps > 0, f"--sample.steps is {s.steps}; it must be positive")
-    need(
-        s.steps <= config.diffusion.timesteps,
-        f"--sample.steps {s.steps} is more than --diffusion.timesteps {config.diffusion.timesteps}",
-    )
-    need(s.num > 0, f"--sample.num is {s.num}; it must be positive")
-    need(
-        s.guidance == 1 or m.class_dropout > 0,
-        f"--sample.guidance {s.guidance:g} needs a model trained with --model.class_dropout above 0",
-    )
-    flow = config.diffusion.kind == "flow"
-    if s.sampler != "auto":
-        need(
-            (s.sampler == "euler") == flow,
-            f"--sample.sampler {s.sampler} does not sample --diffusion.kind {config.diffusion.kind}; use {'euler' if flow else 'ddpm, ddim or dpm++'}",
-        )
-    need(not (flow and m.learn_sigma), "--model.learn_sigma is a DDPM option; flow has no variance to learn")
-    need(
-        not (flow and config.diffusion.min_snr),
-        "--diffusion.min_snr weights DDPM losses; it has no meaning under --diffusion.kind flow",
-    )
-    need(
-        config.parallel.timeout_minutes > 0,
-        f"--parallel.timeout_minutes is {config.parallel.timeout_minutes}; it must be positive",
-    )
-    need(config.log.keep > 0, f"--log.keep is {config.log.keep}; it must be positive")
+        settings = getattr(config, group.name)
+        for f in dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ():
+            value = getattr(settings, f.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if not isinstance(number, int | float) or f.name == "seed":
+                    continue
+                if not 0 <= number < float("inf"):
+                    wrong = "finite and not negative"
+                elif number == 0 and f.name in POSITIVE.get(group.name, ()):
+                    wrong = "positive"
+                elif number >= 1 and f.name in BELOW_ONE.get(group.name, ()):
+                    wrong = "below 1"
+                elif number > 1 and f.name == "max_bad":
+                    wrong = "a share, 0 to 1"
+                else:
+                    continue
+                raise UserError(f"--{group.name}.{f.name} is {number:g}; it must be {wrong}")
 
 
 # --- to and from JSON ---
@@ -337,7 +334,10 @@ def load(path: Path) -> Config:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable config ({error})") from None
     config = _build(Config, data, str(path))
-    validate(config)
+    try:
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return config
 
 

@@ -112,7 +112,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The whole network. `ops` computes its fused parts; `recompute` trades a second forward of each block for its activations."""
+    """The whole network. `ops` computes its fused parts; `recompute` trades a second forward of the blocks for memory."""
 
     def __init__(self, config: ModelConfig, ops: Ops, recompute: bool = False):
         super().__init__()
@@ -207,8 +207,9 @@ def unpatchify(tokens: Tensor, config: ModelConfig) -> Tensor:
 def timestep_embedding(t: Tensor, size: int) -> Tensor:
     """cos and sin of t [B] at `size`/2 frequencies from 1 to 1/10,000, in fp32: [B, size] (GLIDE; DiT, §3.2)."""
     half = size // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10_000) / half))
-    angles = t.float()[:, None] * frequencies
+    t = t if t.dtype == torch.float64 else t.float()
+    frequencies = torch.exp(torch.arange(half, dtype=t.dtype, device=t.device) * (-math.log(10_000) / half))
+    angles = t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

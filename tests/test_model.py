@@ -1,0 +1,229 @@
+"""The model against a straight-line restatement in fp64, the published counts, and what its users rely on."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from fastdit_kernels.reference import REFERENCE
+from torch.nn import functional as F
+
+from fastdit.config import RECIPES, SIZES, ModelConfig, dit
+from fastdit.model import DiT, macs_per_image, named_shapes, position_embedding
+
+SMALL = ModelConfig(input_size=(8, 12), channels=4, num_classes=5, patch=2, depth=3, width=48, num_heads=3)
+
+
+def random_model(config: ModelConfig, **options) -> DiT:
+    """A model whose every parameter is random: adaLN-Zero's zeros would hide most of it."""
+    model = DiT(config, REFERENCE, **options)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) * 0.2)
+    return model
+
+
+def inputs(config: ModelConfig, B: int = 4):
+    rng = torch.Generator().manual_seed(2)
+    x = torch.randn(B, config.channels, *config.input_size, generator=rng)
+    t = torch.randint(0, 1000, (B,), generator=rng)
+    y = torch.randint(0, config.num_classes, (B,), generator=rng) if config.num_classes else None
+    return x, t, y
+
+
+def straight_line(model: DiT, x, t, y):
+    """DiT written out sample by sample, token by token where that is plainest, from the parameters alone."""
+    c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
+    p, D, H = c.patch, c.width, c.num_heads
+    rows, columns = c.input_size[0] // p, c.input_size[1] // p
+
+    def norm(v):
+        return (v - v.mean(-1, keepdim=True)) / torch.sqrt(v.var(-1, unbiased=False, keepdim=True) + 1e-6)
+
+    def gelu(v):
+        return 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+
+    def rms(v, weight):
+        return v / torch.sqrt((v * v).mean(-1, keepdim=True) + 1e-6) * weight
+
+    images = []
+    for b in range(len(x)):
+        tokens = []
+        for i in range(rows):
+            for j in range(columns):
+                tokens.append(x[b, :, i * p : (i + 1) * p, j * p : (j + 1) * p].double().flatten())
+        h = torch.stack(tokens) @ w["x_embedder.weight"].T + w["x_embedder.bias"] + w["pos_embed"]
+        freqs = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float64) / 128)
+        sinusoids = torch.cat([torch.cos(t[b] * freqs), torch.sin(t[b] * freqs)])
+        e = sinusoids @ w["t_embedder.0.weight"].T + w["t_embedder.0.bias"]
+        e = (e * torch.sigmoid(e)) @ w["t_embedder.2.weight"].T + w["t_embedder.2.bias"]
+        if y is not None:
+            e = e + w["y_embedder.weight"][y[b]]
+        mod = ((e * torch.sigmoid(e)) @ w["adaLN_modulation.weight"].T + w["adaLN_modulation.bias"]).view(-1, D)
+        for n in range(c.depth):
+            shift1, scale1, gate1, shift2, scale2, gate2 = mod[6 * n : 6 * n + 6]
+            pre = f"blocks.{n}."
+            m = norm(h) * (1 + scale1) + shift1
+            qkv = (m @ w[pre + "attn.qkv.weight"].T + w[pre + "attn.qkv.bias"]).view(-1, 3, H, D // H)
+            heads = []
+            for head in range(H):
+                q, k, v = qkv[:, 0, head], qkv[:, 1, head], qkv[:, 2, head]
+                if c.qk_norm:
+                    q, k = rms(q, w[pre + "attn.q_norm.weight"]), rms(k, w[pre + "attn.k_norm.weight"])
+                heads.append(torch.softmax(q @ k.T / math.sqrt(D // H), dim=-1) @ v)
+            h = h + gate1 * (torch.cat(heads, -1) @ w[pre + "attn.proj.weight"].T + w[pre + "attn.proj.bias"])
+            m = norm(h) * (1 + scale2) + shift2
+            a = gelu(m @ w[pre + "mlp.fc1.weight"].T + w[pre + "mlp.fc1.bias"])
+            if c.conv_kernel:
+                K, before = c.conv_kernel, (c.conv_kernel - 1) // 2
+                grid, kernel = a.view(rows, columns, -1), w[pre + "mlp.conv.weight"][:, 0]
+                z = torch.zeros_like(grid) + w[pre + "mlp.conv.bias"]
+                for i in range(rows):
+                    for j in range(columns):
+                        for u in range(K):
+                            for v_ in range(K):
+                                if 0 <= i + u - before < rows and 0 <= j + v_ - before < columns:
+                                    z[i, j] += kernel[:, u, v_] * grid[i + u - before, j + v_ - before]
+                a = z.view(rows * columns, -1)
+            h = h + gate2 * (a @ w[pre + "mlp.fc2.weight"].T + w[pre + "mlp.fc2.bias"])
+        shift, scale = mod[-2:]
+        out = (norm(h) * (1 + scale) + shift) @ w["final_layer.linear.weight"].T + w["final_layer.linear.bias"]
+        channels = out.shape[1] // p**2
+        image = torch.zeros(channels, *c.input_size, dtype=torch.float64)
+        for i in range(rows):
+            for j in range(columns):
+                image[:, i * p : (i + 1) * p, j * p : (j + 1) * p] = out[i * columns + j].view(p, p, channels).permute(2, 0, 1)
+        images.append(image)
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"conv_kernel": 0},
+        {"conv_kernel": 4},
+        {"conv_kernel": 5},
+        {"qk_norm": True},
+        {"learn_sigma": True},
+        {"num_classes": 0},
+        {"class_dropout": 0.1},
+        {"channels": 1, "patch": 4},
+        {"input_size": (2, 2), "patch": 1, "mlp_ratio": 2},
+        {"depth": 1},
+    ],
+    ids=str,
+)
+def test_model_equals_a_straight_line_restatement_in_fp64(change):
+    config = dataclasses.replace(SMALL, **change)
+    model, (x, t, y) = random_model(config), inputs(config)
+    truth = straight_line(model, x, t, y)
+    # In fp64 the two agree to fp64's rounding; the model's own output is cast to fp32 at the very end.
+    found = model.double()(x.double(), t.double(), y)
+    assert found.dtype == torch.float32
+    assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+def test_a_new_model_predicts_zeros():
+    for conv_kernel in (0, 3):
+        config = dataclasses.replace(SMALL, conv_kernel=conv_kernel)
+        model = DiT(config, REFERENCE)
+        model.init_weights(0)
+        assert model(*inputs(config)).count_nonzero() == 0
+
+
+def test_weights_are_a_function_of_the_seed():
+    a, b, other = (DiT(SMALL, REFERENCE) for _ in range(3))
+    a.init_weights(0), b.init_weights(0), other.init_weights(1)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.x_embedder.weight, other.x_embedder.weight)
+    assert all(torch.isfinite(p).all() for p in a.parameters())
+
+
+def test_a_label_changes_its_own_sample_alone():
+    model, (x, t, y) = random_model(SMALL), inputs(SMALL)
+    for b in range(len(y)):
+        changed = y.clone()
+        changed[b] = (y[b] + 1) % SMALL.num_classes
+        moved = (model(x, t, y) != model(x, t, changed)).flatten(1).any(1)
+        assert moved.tolist() == [i == b for i in range(len(y))]
+
+
+def test_modulation_computed_beforehand_gives_the_same_output():
+    model, (x, t, y) = random_model(SMALL), inputs(SMALL)
+    assert torch.equal(model(x, t, y), model(x, t, modulation=model.condition(t, y)))
+
+
+def test_recomputing_activations_changes_no_gradient():
+    x, t, y = inputs(SMALL)
+    gradients = []
+    for recompute in (False, True):
+        model = random_model(SMALL, recompute=recompute)
+        model(x, t, y).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_every_parameter_is_trained():
+    model, (x, t, y) = random_model(dataclasses.replace(SMALL, qk_norm=True)), inputs(SMALL)
+    model(x, t, y).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.count_nonzero() == 0] == []
+
+
+def test_position_embedding_tells_rows_from_columns():
+    e = position_embedding(3, 5, 16).view(3, 5, 16)
+    assert torch.equal(e[0, 2, :8], e[2, 2, :8])  # first half: the column
+    assert torch.equal(e[1, 0, 8:], e[1, 4, 8:])  # second half: the row
+    assert len({tuple(v.tolist()) for v in e.flatten(0, 1)}) == 15
+
+
+# arXiv 2212.09748, tables 1, 4 and 5: multiply-adds at 256×256 (latents 4×32×32), parameters in millions.
+PUBLISHED_GMACS = {
+    ("S", 8): 0.36, ("S", 4): 1.41, ("S", 2): 6.06, ("B", 8): 1.42, ("B", 4): 5.56, ("B", 2): 23.01,
+    ("L", 8): 5.01, ("L", 4): 19.70, ("L", 2): 80.71, ("XL", 8): 7.39, ("XL", 4): 29.05, ("XL", 2): 118.64,
+}  # fmt: skip
+PUBLISHED_PARAMETERS = {"S": 33, "B": 130, "L": 458, "XL": 675}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_counts_agree_with_the_published_table(size, patch):
+    config = dit(size, patch, channels=4, num_classes=1000, class_dropout=0.1, learn_sigma=True, conv_kernel=0)
+    assert sum(macs_per_image(config).values()) / 1e9 == pytest.approx(PUBLISHED_GMACS[size, patch], rel=0.003, abs=0.01)
+    if patch == 2:
+        millions = sum(shape.numel() for _, shape in named_shapes(config)) / 1e6
+        assert abs(millions - PUBLISHED_PARAMETERS[size]) < 1  # the table rounds to whole millions
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_its_model_on_the_meta_device(name):
+    config = RECIPES[name]
+    with torch.device("meta"):
+        model = DiT(config.model, REFERENCE)
+        x = torch.empty(2, config.model.channels, *config.model.input_size)
+        t = torch.empty(2, dtype=torch.int64)
+        out = model(x, t, t if config.model.num_classes else None)
+    assert out.shape == (2, config.model.channels * (1 + config.model.learn_sigma), *config.model.input_size)
+
+
+def test_flops_counted_by_torch_agree_with_ours():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def matmul_attention(qkv):  # torch counts matrix products, but not the CPU's own flash attention
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    model, (x, t, y) = DiT(SMALL, REFERENCE._replace(attention=matmul_attention)), inputs(SMALL, B=1)
+    model.init_weights(0)
+    with FlopCounterMode(display=False) as counter:
+        model(x, t, y)
+    assert counter.get_total_flops() == 2 * sum(macs_per_image(SMALL).values())
+
+
+def test_gelu_of_the_plain_mlp_is_the_tanh_form():
+    config = dataclasses.replace(SMALL, conv_kernel=0)
+    model = random_model(config)
+    h = torch.randn(2, 24, 48)
+    mlp = model.blocks[0].mlp
+    assert torch.equal(mlp(h), mlp.fc2(F.gelu(mlp.fc1(h), approximate="tanh")))
