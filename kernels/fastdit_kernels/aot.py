@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdit_kernels import ln_modulate
+from fastdit_kernels import gate_residual_ln_modulate, ln_modulate
 from fastdit_kernels.launch import Launch
 from fastdit_kernels.partials import split_rows
 
@@ -60,6 +60,7 @@ class Recorded(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
     num_warps: int
+    max_registers: int | None
     args: dict[str, Any]
 
 
@@ -99,8 +100,8 @@ def record(build: Callable[[Launch], object]) -> list[Recorded]:
     """The launches an op's function would make, with meta tensors for arguments."""
     launches: list[Recorded] = []
 
-    def launch(kernel: Any, grid: tuple[int, ...], num_warps: int, **args: Any) -> None:
-        launches.append(Recorded(kernel, grid, num_warps, args))
+    def launch(kernel: Any, grid: tuple[int, ...], num_warps: int, max_registers: int | None = None, **args: Any) -> None:
+        launches.append(Recorded(kernel, grid, num_warps, max_registers, args))
 
     build(launch)
     return launches
@@ -192,7 +193,8 @@ def inspect(kernel: str, cubin: bytes, trips: Sequence[int]) -> Compiled:
 
 def compile_launch(launch: Recorded, arch: int, trips: Sequence[int] = ()) -> Compiled:
     """Compile one recorded launch for sm_<arch>, with no GPU, and read the result."""
-    compiled = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.num_warps})
+    options = {"num_warps": launch.num_warps, "maxnreg": launch.max_registers}
+    compiled = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=options)
     return inspect(launch.kernel.__name__, compiled.asm["cubin"], trips)
 
 
@@ -249,9 +251,29 @@ def ln_modulate_cases(B: int, T: int, D: int) -> list[Case]:
     ]  # fmt: skip
 
 
+def gate_residual_ln_modulate_cases(B: int, T: int, D: int) -> list[Case]:
+    moved = gate_residual_ln_modulate.traffic(B, T, D, ELEMENT, ELEMENT)
+    x, packed, statistics = meta(B, T, D), meta(B, 6, D), meta(B, T, dtype=torch.float32)
+    gate, shift, scale = packed[:, 2], packed[:, 3], packed[:, 4]
+    forward_rows = split_rows(B, T, ln_modulate.FORWARD_PROGRAMS, ln_modulate.FORWARD_ROWS)[1]
+    backward_rows = split_rows(B, T, ln_modulate.BACKWARD_PROGRAMS, ln_modulate.BACKWARD_ROWS)[1]
+    return [
+        Case(
+            "gate_residual_ln_modulate forward", D, B * T * D, 8, moved["forward"],
+            lambda launch: gate_residual_ln_modulate.forward(x, x, gate, shift, scale, launch),
+            {"forward_kernel": (forward_rows,)},
+        ),
+        Case(
+            "gate_residual_ln_modulate backward", D, B * T * D, 12, moved["backward"],
+            lambda launch: gate_residual_ln_modulate.backward(x, x, x, x, gate, scale, statistics, statistics, launch),
+            {"backward_kernel": (backward_rows,)},
+        ),
+    ]  # fmt: skip
+
+
 def cases() -> list[Case]:
     """What the table shows and the tests hold to the bar: every op, forward and backward, at every width."""
-    return [case for D in WIDTHS for of_op in (ln_modulate_cases,) for case in of_op(SAMPLES, TOKENS, D)]
+    return [case for D in WIDTHS for of_op in (ln_modulate_cases, gate_residual_ln_modulate_cases) for case in of_op(SAMPLES, TOKENS, D)]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

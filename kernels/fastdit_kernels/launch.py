@@ -15,18 +15,21 @@ __all__ = ["Launch", "run", "skip"]
 
 
 class Launch(Protocol):
-    def __call__(self, kernel: Any, grid: tuple[int, ...], num_warps: int, **args: Any) -> None:
-        """Launch `kernel`, a function under `triton.jit`, on `grid`; `args` are its arguments by name."""
+    def __call__(self, kernel: Any, grid: tuple[int, ...], num_warps: int, max_registers: int | None = None, **args: Any) -> None:
+        """Launch `kernel`, a function under `triton.jit`, on `grid`; `args` are its arguments by name.
+
+        `max_registers` caps the registers of a thread, where occupancy is worth more than the compiler's own choice.
+        """
 
 
-def run(kernel: Any, grid: tuple[int, ...], num_warps: int, **args: Any) -> None:
+def run(kernel: Any, grid: tuple[int, ...], num_warps: int, max_registers: int | None = None, **args: Any) -> None:
     # Triton launches on the current device, which need not be the tensors'.
     device = next(a.device for a in args.values() if isinstance(a, torch.Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](**args, num_warps=num_warps)
+        kernel[grid](**args, num_warps=num_warps, maxnreg=max_registers)
 
 
-def skip(kernel: Any, grid: tuple[int, ...], num_warps: int, **args: Any) -> None:
+def skip(kernel: Any, grid: tuple[int, ...], num_warps: int, max_registers: int | None = None, **args: Any) -> None:
     pass
 
 

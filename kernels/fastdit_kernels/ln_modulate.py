@@ -66,7 +66,7 @@ def backward_kernel(
         b_x = tl.load(p_x + row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         rstd = tl.load(p_rstd + row)
         # Masked lanes of x̂ are not zero, but those of dm are, and x̂ enters every sum through dm.
-        b_xhat = (b_x - tl.load(p_mean + row)) * rstd
+        b_xhat = b_x * rstd - tl.load(p_mean + row) * rstd  # one FMA; its rounding is that of the stored mean
         b_g = b_dm * b_scale
         b_dx = rstd * (b_g - tl.sum(b_g, 0) / D - b_xhat * (tl.sum(b_g * b_xhat, 0) / D))
         b_dshift += b_dm

@@ -11,7 +11,7 @@ from fastdit_kernels.launch import Launch
 
 __all__ = ["split_rows", "sum_partials"]
 
-COLUMNS, SPLITS = 128, 8  # tile of one step of the sum: 128-bit loads at 4 warps, eight partials in flight
+COLUMNS = 128  # of one program, a single warp: a 128-bit load a thread for each partial, and no sum crosses threads
 
 
 def split_rows(samples: int, rows: int, programs: int, least: int) -> tuple[int, int]:
@@ -23,16 +23,14 @@ def split_rows(samples: int, rows: int, programs: int, least: int) -> tuple[int,
 
 
 @triton.jit
-def sum_kernel(p_partials, p_sums, N, S: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
+def sum_kernel(p_partials, p_sums, N, S: tl.constexpr, COLUMNS: tl.constexpr):
     i_n, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_n = i_n * COLUMNS + tl.arange(0, COLUMNS)
-    o_s = tl.arange(0, SPLITS)
     m_n = o_n < N
-    b_sum = tl.zeros([SPLITS, COLUMNS], tl.float32)
-    for s in tl.static_range(0, S, SPLITS):  # unrolled: S is a power of two, and its loads are independent
-        o_row = (i_b * S + s + o_s) * N
-        b_sum += tl.load(p_partials + o_row[:, None] + o_n[None, :], mask=(s + o_s < S)[:, None] & m_n[None, :], other=0.0)
-    tl.store(p_sums + i_b * N + o_n, tl.sum(b_sum, 0).to(p_sums.dtype.element_ty), mask=m_n)
+    b_sum = tl.zeros([COLUMNS], tl.float32)
+    for s in tl.static_range(S):  # unrolled: its loads do not depend on each other
+        b_sum += tl.load(p_partials + (i_b * S + s) * N + o_n, mask=m_n, other=0.0)
+    tl.store(p_sums + i_b * N + o_n, b_sum.to(p_sums.dtype.element_ty), mask=m_n)
 
 
 def sum_partials(partials: Tensor, sums: Tensor, launch: Launch) -> None:
@@ -40,4 +38,4 @@ def sum_partials(partials: Tensor, sums: Tensor, launch: Launch) -> None:
     B, S, N = partials.shape
     if partials.numel():
         grid = (triton.cdiv(N, COLUMNS), B)
-        launch(sum_kernel, grid, 4, p_partials=partials, p_sums=sums, S=S, N=N, COLUMNS=COLUMNS, SPLITS=SPLITS)
+        launch(sum_kernel, grid, 1, p_partials=partials, p_sums=sums, N=N, S=S, COLUMNS=COLUMNS)

@@ -1,0 +1,202 @@
+"""A block's gated residual and the next adaLN in one pass: r = x + gate·y, m = LN(r)·(1 + scale) + shift.
+
+Forward reads x and y and writes r and m: 8 bytes per element in bf16. Backward reads dm, dr, r and y and writes dx and dy: 12.
+Programs, statistics and partials are those of `ln_modulate.py`, whose formula for the gradient of r gains what arrives at r itself:
+with r̂ = (r - mean)·rstd and g = dm·(1 + scale), for each row of D elements
+
+    dx = rstd·(g - mean(g) - r̂·mean(g·r̂)) + dr        dy = gate·dx        dgate = Σ_t dx·y
+
+r is rounded to its storage type before it is normalised, so forward and backward see the same numbers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdit_kernels.checks import STREAM_DTYPES, require, require_stream
+from fastdit_kernels.launch import Launch, block_and_warps, run, skip
+from fastdit_kernels.ln_modulate import BACKWARD_PROGRAMS, BACKWARD_ROWS, FORWARD_PROGRAMS, FORWARD_ROWS
+from fastdit_kernels.partials import split_rows, sum_partials
+from fastdit_kernels.reference import EPS
+
+__all__ = ["gate_residual_ln_modulate"]
+
+
+@triton.jit
+def forward_kernel(
+    p_x, p_y, p_gate, p_shift, p_scale, p_r, p_m, p_mean, p_rstd, T, rows, stride_gate, stride_shift, stride_scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,  # EPS constexpr: a compiler may pass Python floats as fp64
+):  # fmt: skip
+    i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_d = tl.arange(0, BLOCK)
+    m_d = o_d < D
+    b_gate = tl.load(p_gate + i_b * stride_gate + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_shift = tl.load(p_shift + i_b * stride_shift + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_scale = 1.0 + tl.load(p_scale + i_b * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
+    for t in range(i_s * rows, min(i_s * rows + rows, T)):
+        row = i_b * T + t
+        b_x = tl.load(p_x + row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_y = tl.load(p_y + row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_stored = (b_x + b_gate * b_y).to(p_r.dtype.element_ty)
+        tl.store(p_r + row * D + o_d, b_stored, mask=m_d)
+        b_r = b_stored.to(tl.float32)
+        mean = tl.sum(b_r, 0) / D
+        b_centred = tl.where(m_d, b_r - mean, 0.0)
+        rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 0) / D + EPS)
+        tl.store(p_mean + row, mean)
+        tl.store(p_rstd + row, rstd)
+        b_m = b_centred * rstd * b_scale + b_shift
+        tl.store(p_m + row * D + o_d, b_m.to(p_m.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def backward_kernel(
+    p_dr, p_dm, p_r, p_y, p_gate, p_scale, p_mean, p_rstd, p_dx, p_dy, p_partials, T, rows, stride_gate, stride_scale,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_d = tl.arange(0, BLOCK)
+    m_d = o_d < D
+    b_gate = tl.load(p_gate + i_b * stride_gate + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_scale = 1.0 + tl.load(p_scale + i_b * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_dgate = tl.zeros([BLOCK], tl.float32)
+    b_dshift = tl.zeros([BLOCK], tl.float32)
+    b_dscale = tl.zeros([BLOCK], tl.float32)
+    for t in range(i_s * rows, min(i_s * rows + rows, T)):
+        row = i_b * T + t
+        # Every load is issued before the first sum waits for one.
+        b_dm = tl.load(p_dm + row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_r = tl.load(p_r + row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_y = tl.load(p_y + row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        rstd = tl.load(p_rstd + row)
+        # Masked lanes of r̂ are not zero, but those of dm and y are, and r̂ enters every sum through them.
+        b_rhat = b_r * rstd - tl.load(p_mean + row) * rstd  # one FMA; its rounding is that of the stored mean
+        b_g = b_dm * b_scale
+        if p_dr is None:  # nothing after this op reads r: the last one of a model
+            b_dr = tl.zeros([BLOCK], tl.float32)
+        else:
+            b_dr = tl.load(p_dr + row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_dx = rstd * (b_g - tl.sum(b_g, 0) / D - b_rhat * (tl.sum(b_g * b_rhat, 0) / D)) + b_dr
+        b_dgate += b_dx * b_y
+        b_dshift += b_dm
+        b_dscale += b_dm * b_rhat
+        tl.store(p_dx + row * D + o_d, b_dx.to(p_dx.dtype.element_ty), mask=m_d)
+        tl.store(p_dy + row * D + o_d, (b_gate * b_dx).to(p_dy.dtype.element_ty), mask=m_d)
+    p_partial = p_partials + (i_b * tl.num_programs(0) + i_s) * (3 * D) + o_d
+    tl.store(p_partial, b_dgate, mask=m_d)
+    tl.store(p_partial + D, b_dshift, mask=m_d)
+    tl.store(p_partial + 2 * D, b_dscale, mask=m_d)
+
+
+def forward(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, launch: Launch
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(r, m, mean, rstd): r and m like x, the statistics of each row [B, T] in fp32."""
+    B, T, D = x.shape
+    r, m = torch.empty_like(x), torch.empty_like(x)
+    mean, rstd = (torch.empty(B, T, dtype=torch.float32, device=x.device) for _ in range(2))
+    if x.numel():
+        splits, rows = split_rows(B, T, FORWARD_PROGRAMS, FORWARD_ROWS)
+        block, num_warps = block_and_warps(D)
+        launch(
+            forward_kernel, (splits, B), num_warps, p_x=x, p_y=y, p_gate=gate, p_shift=shift, p_scale=scale, p_r=r, p_m=m,
+            p_mean=mean, p_rstd=rstd, T=T, rows=rows, stride_gate=gate.stride(0), stride_shift=shift.stride(0),
+            stride_scale=scale.stride(0), D=D, BLOCK=block, EPS=EPS,
+        )  # fmt: skip
+    return r, m, mean, rstd
+
+
+def backward(
+    dr: Tensor | None, dm: Tensor, r: Tensor, y: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, launch: Launch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dy, dmod): dx and dy like r; dmod [B, 3, D] in gate's dtype holds dgate, dshift and dscale. dr None counts as zero."""
+    B, T, D = r.shape
+    dx, dy = torch.empty_like(r), torch.empty_like(r)
+    if not r.numel():
+        return dx, dy, gate.new_zeros(B, 3, D)
+    dmod = gate.new_empty(B, 3, D)
+    splits, rows = split_rows(B, T, BACKWARD_PROGRAMS, BACKWARD_ROWS)
+    block, num_warps = block_and_warps(D)
+    partials = torch.empty(B, splits, 3 * D, dtype=torch.float32, device=r.device)
+    # Eighty registers let 24 warps share an SM. ptxas would take a hundred at eight warps, and needs them only for fp32 streams.
+    max_registers = 80 if r.itemsize == 2 and block <= 2048 else None
+    launch(
+        backward_kernel, (splits, B), num_warps, max_registers, p_dr=dr, p_dm=dm, p_r=r, p_y=y, p_gate=gate, p_scale=scale, p_mean=mean,
+        p_rstd=rstd, p_dx=dx, p_dy=dy, p_partials=partials, T=T, rows=rows, stride_gate=gate.stride(0),
+        stride_scale=scale.stride(0), D=D, BLOCK=block,
+    )  # fmt: skip
+    sum_partials(partials, dmod, launch)
+    return dx, dy, dmod
+
+
+def traffic(B: int, T: int, D: int, stream: int, modulation: int) -> dict[str, int]:
+    """Bytes each direction moves through device memory, every address once; `stream` and `modulation` are bytes per element.
+
+    The floor of 4 and 6 streams; the statistics; the modulation and its gradient; and the fp32 partials, written and read.
+    """
+    splits, _ = split_rows(B, T, BACKWARD_PROGRAMS, BACKWARD_ROWS)
+    statistics = 8 * B * T
+    return {
+        "forward": 4 * B * T * D * stream + statistics + 3 * B * D * modulation,
+        "backward": 6 * B * T * D * stream + statistics + 5 * B * D * modulation + 2 * B * splits * 3 * D * 4,
+    }
+
+
+# custom_op: see ln_modulate.py.
+@torch.library.custom_op("fastdit::gate_residual_ln_modulate", mutates_args=())
+def _op(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return forward(x, y, gate, shift, scale, run)
+
+
+@_op.register_fake
+def _(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return forward(x, y, gate, shift, scale, skip)
+
+
+@torch.library.custom_op("fastdit::gate_residual_ln_modulate_backward", mutates_args=())
+def _backward_op(
+    dr: Tensor | None, dm: Tensor, r: Tensor, y: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(dr, dm, r, y, gate, scale, mean, rstd, run)
+
+
+@_backward_op.register_fake
+def _(
+    dr: Tensor | None, dm: Tensor, r: Tensor, y: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(dr, dm, r, y, gate, scale, mean, rstd, skip)
+
+
+def _save(ctx, inputs, output) -> None:
+    (_, y, gate, _, scale), (r, _, mean, rstd) = inputs, output
+    ctx.save_for_backward(r, y, gate, scale, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dr: Tensor | None, dm: Tensor | None, _mean: None, _rstd: None) -> tuple[Tensor, ...]:
+    r = ctx.saved_tensors[0]
+    dm = torch.zeros_like(r) if dm is None else dm.contiguous()  # autograd may hand over an expanded scalar
+    dx, dy, dmod = _backward_op(None if dr is None else dr.contiguous(), dm, *ctx.saved_tensors)
+    return dx, dy, *dmod.unbind(1)
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def gate_residual_ln_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Finish a block's gated residual and open the next one: r = x + gate·y, m = LN(r)·(1 + scale) + shift, eps 1e-6.
+
+    x and y [B, T, D], contiguous, of one dtype: bf16, fp16 or fp32, D up to 8192; gate, shift and scale [B, D] of one such
+    dtype, each row contiguous, any batch stride. Returns (r, m), both [B, T, D] in x's dtype. Raises ValueError for anything else.
+    """
+    op = "gate_residual_ln_modulate"
+    require_stream(op, "x", x, "[B, T, D]")
+    B, _, D = x.shape
+    require(op, "y", y, "[B, T, D]", x.shape, (x.dtype,), x.device)
+    require(op, "gate", gate, "[B, D]", (B, D), STREAM_DTYPES, x.device, "unit last stride")
+    for name, vector in (("shift", shift), ("scale", scale)):
+        require(op, name, vector, "[B, D]", (B, D), (gate.dtype,), x.device, "unit last stride")
+    r, m, _, _ = _op(x, y, gate, shift, scale)
+    return r, m
