@@ -1,0 +1,294 @@
+"""What the network is trained on and how it is sampled: DDPM over diffusers' schedules and solvers, and rectified flow.
+
+The network is any callable model(x [B, C, H, W] fp32, t [B] fp32, y [B] int64 or None) → [B, C, H, W], or [B, 2C, H, W] where
+it learns the variance. t counts in training steps: 0 … timesteps - 1 under DDPM, 0 to timesteps under flow. Everything but the
+network is fp32, and every random number is a function of (seed, image number), so no result depends on how images are batched.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdit import draws
+from fastdit.config import DiffusionConfig
+
+Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+# Half the natural log of the signal-to-noise ratio where sampling starts. squaredcos_cap_v2 ends at -9.9: there an error in
+# epsilon is 20,000 times as large in x0, and a network good to 2 % ruins an unclipped sample. At -4.5 it is 90 times as large,
+# and the signal that pure noise stands in for is 1.1 % of x0's amplitude (at the linear schedule's own end it is 0.6 %).
+START_LOG_SNR = -4.5
+
+
+def schedule(config: DiffusionConfig) -> tuple[Tensor, Tensor]:
+    """The betas and ᾱ, fp32 [timesteps] on the CPU, bit-equal to those diffusers' schedulers use."""
+    from diffusers import DDPMScheduler  # two seconds, which --help need not pay
+
+    scheduler: Any = DDPMScheduler(num_train_timesteps=config.timesteps, beta_schedule=config.beta_schedule)
+    return scheduler.betas, scheduler.alphas_cumprod
+
+
+class Objective:
+    """The training loss of a batch of images, under DDPM or rectified flow (arXiv 2209.03003).
+
+    learn_sigma: the network's second half of channels interpolates the log-variance between its bounds, trained by the
+    variational bound (arXiv 2102.09672, equations 15 and 16), the mean held still, as the DiT repository does.
+    class_dropout: the share of images whose label becomes the null class, num_classes (arXiv 2207.12598).
+    """
+
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        *,
+        learn_sigma: bool = False,
+        class_dropout: float = 0.0,
+        num_classes: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        self.config = config
+        self.learn_sigma = learn_sigma
+        self.class_dropout = class_dropout
+        self.num_classes = num_classes
+        self.device = torch.device(device)
+        if config.kind == "flow":
+            return
+
+        betas, alphas_cumprod = schedule(config)
+        exact = (1 - betas.double()).cumprod(0)  # 1 - ᾱ at t = 0 keeps but three digits in fp32
+        self.signal = (alphas_cumprod**0.5).to(self.device)  # x_t = signal·x0 + noise_level·noise
+        self.noise_level = ((1 - alphas_cumprod) ** 0.5).to(self.device)
+
+        # Min-SNR weighting, arXiv 2303.09556 §3.4: min(SNR, γ) on the error in x0, restated for what is predicted.
+        snr = exact / (1 - exact)
+        error_in_x0 = {"epsilon": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[config.prediction]
+        weight = snr.clamp(max=config.min_snr) / error_in_x0 if config.min_snr else torch.ones_like(snr)
+        self.weight = weight.float().to(self.device)
+        if learn_sigma:
+            self._variance_tables(betas.double(), exact)
+
+    def _variance_tables(self, beta: Tensor, alphas_cumprod: Tensor) -> None:
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        posterior = beta * (1 - previous) / (1 - alphas_cumprod)
+        posterior[0] = posterior[
+            min(1, len(posterior) - 1)
+        ]  # it is 0 at t = 0, where its logarithm stands in for the next one's
+        # What an error in the prediction becomes in x0, then in the posterior's mean (arXiv 2006.11239, equation 7).
+        error_in_x0 = {
+            "epsilon": ((1 - alphas_cumprod) / alphas_cumprod).sqrt(),
+            "v": (1 - alphas_cumprod).sqrt(),
+            "x0": -torch.ones_like(beta),
+        }[self.config.prediction]
+        error_in_mean = error_in_x0 * previous.sqrt() * beta / (1 - alphas_cumprod)
+        self.min_log_variance = posterior.clamp(min=1e-20).log().float().to(self.device)
+        self.max_log_variance = beta.log().float().to(self.device)
+        self.error_in_mean = error_in_mean.float().to(self.device)
+
+    def loss(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
+        """The mean of losses(), a scalar."""
+        return self.losses(model, x0, y, seed, first).mean()
+
+    def losses(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
+        """The loss of each image, fp32 [B]; x0 [B, C, H, W] holds images first … first + B - 1 of the run, y their labels."""
+        x0 = x0.float()
+        noise = draws.normal(tuple(x0.shape[1:]), seed, "noise", first, len(x0), self.device)
+        t = self.timesteps(seed, first, len(x0))
+        x_t, target = self.corrupt(x0, noise, t)
+        out = model(x_t, t.float(), self.drop_labels(y, seed, first)).float()
+        channels = x0.shape[1] * (2 if self.learn_sigma else 1)
+        if out.shape[1] != channels:
+            raise ValueError(f"the network returned {out.shape[1]} channels; expected {channels}")
+        if self.config.kind == "flow":
+            return (out - target).square().flatten(1).mean(1)
+        prediction, *variance = out.chunk(2, dim=1) if self.learn_sigma else (out,)
+        loss = self.weight[t] * (prediction - target).square().flatten(1).mean(1)
+        if self.learn_sigma:
+            # L_simple + L_vlb / 1000; L_vlb sums over all timesteps, of which this is one drawn at random.
+            bound = self.variational_bound(x0, prediction.detach() - target, variance[0], t)
+            loss = loss + bound * (self.config.timesteps / 1000)
+        return loss
+
+    def timesteps(self, seed: int, first: int, count: int) -> Tensor:
+        """The t of images first … first + count - 1: int64 under DDPM, fp32 in units of training steps under flow. [count]"""
+        if self.config.kind == "flow" and self.config.flow_t == "logit_normal":  # arXiv 2403.03206, §3.1
+            return draws.normal((), seed, "timestep", first, count, self.device).sigmoid() * self.config.timesteps
+        t = draws.uniform((), seed, "timestep", first, count, self.device) * self.config.timesteps
+        return t if self.config.kind == "flow" else t.long()
+
+    def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and what the network should return for it, fp32; bit-equal to diffusers' add_noise and get_velocity."""
+        if self.config.kind == "flow":
+            share = _per_image(t / self.config.timesteps)
+            return (1 - share) * x0 + share * noise, noise - x0
+        signal, noise_level = _per_image(self.signal[t]), _per_image(self.noise_level[t])
+        x_t = signal * x0 + noise_level * noise
+        if self.config.prediction == "epsilon":
+            return x_t, noise
+        return x_t, x0 if self.config.prediction == "x0" else signal * noise - noise_level * x0
+
+    def drop_labels(self, y: Tensor | None, seed: int, first: int) -> Tensor | None:
+        if y is None or not self.class_dropout:
+            return y
+        u = draws.uniform((), seed, "class dropout", first, len(y), self.device)
+        return torch.where(u < self.class_dropout, self.num_classes, y)
+
+    def variational_bound(self, x0: Tensor, error: Tensor, variance: Tensor, t: Tensor) -> Tensor:
+        """The term of the variational bound at t, in bits per dimension [B] (arXiv 2006.11239, equation 5).
+
+        error is prediction minus target; variance is the network's, -1 for the posterior's and 1 for beta. Both distributions'
+        means are affine in the prediction, so their distance follows from the error without either mean, nor its rounding.
+        """
+        low, high = _per_image(self.min_log_variance[t]), _per_image(self.max_log_variance[t])
+        log_variance = low + (variance + 1) / 2 * (high - low)
+        distance = _per_image(self.error_in_mean[t]) * error  # true mean minus predicted mean
+        kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + distance.square() * (-log_variance).exp())
+
+        # At t = 0: the likelihood of x0's bin among 256 between -1 and 1, the outer ones open. DiT does the same to latents.
+        inverse_std = (-0.5 * log_variance).exp()
+        half, z = inverse_std / 255, distance * inverse_std
+        inside = _normal_cdf(half - z.abs()) - _normal_cdf(-half - z.abs())  # in the lower tail, where fp32 keeps its digits
+        outer = _normal_cdf(half + torch.where(x0 < 0, z, -z))
+        likelihood = torch.where(x0.abs() > 0.999, outer, inside)
+        nll = -likelihood.clamp(min=1e-12).log()
+        return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
+
+
+def sampling_times(config: DiffusionConfig, steps: int) -> list[float]:
+    """The t of each network evaluation, descending, in training steps; whole numbers under DDPM.
+
+    Flow: evenly from timesteps down to timesteps / steps. DDPM: quadratic, as in arXiv 2010.02502 §D.2, from START_LOG_SNR on,
+    since detail is decided at small t. On a mixture of Gaussians with the exact predictor, 20 steps under squaredcos_cap_v2 end
+    at Wasserstein-1 0.0026 from the data by dpm++ (even spacing 0.0198), 0.0227 by ddim (0.0266), 0.038 by ddpm (0.040).
+    """
+    if config.kind == "flow":
+        return [config.timesteps * (steps - i) / steps for i in range(steps)]
+    if steps > config.timesteps:
+        raise ValueError(f"{steps} steps are more than the {config.timesteps} the process has")
+    alphas_cumprod = schedule(config)[1].double()
+    log_snr = 0.5 * (alphas_cumprod / (1 - alphas_cumprod)).log()
+    start = max(int((log_snr >= START_LOG_SNR).sum()) - 1, 0)
+    times: list[int] = []
+    for i in range(1, steps + 1):
+        times.append(max(round(start * (i / steps) ** 2), times[-1] + 1 if times else 0))
+    # Many steps fill the low end one by one; those of a short process may have to end above the start.
+    return [float(t) for t in reversed(times)]
+
+
+@torch.no_grad()
+def sample(
+    model: Network,
+    config: DiffusionConfig,
+    shape: tuple[int, int, int, int],
+    y: Tensor | None = None,
+    *,
+    sampler: str = "auto",
+    steps: int = 20,
+    guidance: float = 1.0,
+    seed: int = 0,
+    first: int = 0,
+    device: torch.device | str = "cpu",
+    null_class: int | None = None,
+    learn_sigma: bool = False,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Images first … first + B - 1 of a seed: x0 [B, C, H, W] fp32, in `steps` forwards.
+
+    sampler: ddpm (ancestral), ddim or dpm++ (2M, arXiv 2211.01095), euler under flow; auto is dpm++ or euler. guidance other
+    than 1 runs each forward on twice the batch, the second half with null_class. on_step gets the number of forwards done and
+    the x0 they predict. Image n is the same whatever batch or rank draws it. Raises ValueError for what does not go together.
+    """
+    device = torch.device(device)
+    if sampler == "auto":
+        sampler = "euler" if config.kind == "flow" else "dpm++"
+    if sampler not in (("euler",) if config.kind == "flow" else ("ddpm", "ddim", "dpm++")):
+        raise ValueError(
+            f"sampler {sampler!r} does not sample {config.kind}; euler samples flow, ddpm, ddim and dpm++ sample ddpm"
+        )
+    if guidance != 1 and (y is None or null_class is None):
+        raise ValueError(f"guidance {guidance:g} needs labels and a null class")
+    B, C = shape[:2]
+    times = sampling_times(config, steps)
+    to_x0 = _x0_from_prediction(config, times)
+    advance = _solver(
+        config, sampler, times, learn_sigma, [draws.generator(device, seed, "ancestral noise", first + n) for n in range(B)]
+    )
+    x = draws.normal(tuple(shape[1:]), seed, "sample noise", first, B, device)
+    for i, time in enumerate(times):
+        out = _evaluate(model, x, time, y, guidance, null_class)
+        if out.shape[1] != (2 * C if learn_sigma else C):
+            raise ValueError(f"the network returned {out.shape[1]} channels; expected {2 * C if learn_sigma else C}")
+        prediction, variance = out[:, :C], out[:, C:]
+        x0 = to_x0(i, x, prediction)
+        if config.clip_x0:
+            x0 = x0.clamp(-1, 1)
+        if on_step is not None:
+            on_step(i + 1, x0)
+        if i + 1 < steps:
+            x = advance(i, torch.cat([x0, variance], dim=1) if learn_sigma and sampler == "ddpm" else x0, x)
+    return x0  # every solver's last step goes to t = 0 without noise, which is x0 itself
+
+
+def _evaluate(model: Network, x: Tensor, time: float, y: Tensor | None, guidance: float, null_class: int | None) -> Tensor:
+    B, C = x.shape[:2]
+    if guidance == 1:
+        return model(x, torch.full((B,), time, device=x.device), y).float()
+    assert y is not None
+    assert null_class is not None
+    both = torch.cat([y, torch.full_like(y, null_class)])
+    out = model(torch.cat([x, x]), torch.full((2 * B,), time, device=x.device), both).float()
+    labelled, unlabelled = out.chunk(2)
+    guided = unlabelled[:, :C] + guidance * (labelled[:, :C] - unlabelled[:, :C])
+    return torch.cat([guided, labelled[:, C:]], dim=1)  # guidance is about the mean; the variance stays the labelled one's
+
+
+def _x0_from_prediction(config: DiffusionConfig, times: list[float]) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """The function of (step, x_t, prediction) that returns x0. Its coefficients are host numbers: no step reads the device."""
+    if config.kind == "flow":
+        return lambda i, x, velocity: x - times[i] / config.timesteps * velocity
+    alphas_cumprod = schedule(config)[1].double()[[int(t) for t in times]]
+    signal, noise_level = alphas_cumprod.sqrt().tolist(), (1 - alphas_cumprod).sqrt().tolist()
+    if config.prediction == "epsilon":
+        return lambda i, x, eps: (x - noise_level[i] * eps) / signal[i]
+    if config.prediction == "v":
+        return lambda i, x, v: signal[i] * x - noise_level[i] * v
+    return lambda i, x, x0: x0
+
+
+def _solver(
+    config: DiffusionConfig, sampler: str, times: list[float], learn_sigma: bool, generators: list[torch.Generator]
+) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """The function of (step, x0, x_t) that returns x at the next step's t. Under ddpm x0 may carry the variance's channels."""
+    if sampler == "euler":  # x moves along the straight line through x_t and x0
+        return lambda i, x0, x: x0 + times[i + 1] / times[i] * (x - x0)
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+
+    # They are handed x0, not what the network predicts: one clipping rule for all (dpm++ has none of its own).
+    given: dict[str, Any] = {
+        "num_train_timesteps": config.timesteps,
+        "beta_schedule": config.beta_schedule,
+        "prediction_type": "sample",
+    }
+    whole = [int(t) for t in times]
+    if sampler == "ddpm":
+        ddpm: Any = DDPMScheduler(**given, clip_sample=False, variance_type="learned_range" if learn_sigma else "fixed_small")
+        ddpm.set_timesteps(timesteps=whole)
+        return lambda i, x0, x: ddpm.step(x0, whole[i], x, generator=generators).prev_sample
+    # DDIM is DPM-Solver++ of order 1 (arXiv 2211.01095, §4). DDIMScheduler itself always jumps by timesteps // steps, which is
+    # wrong for any spacing but an even one.
+    solver: Any = DPMSolverMultistepScheduler(**given, solver_order=2 if sampler == "dpm++" else 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # diffusers 0.42 hands NumPy a tensor the old way
+        solver.set_timesteps(timesteps=whole)
+    solver.set_begin_index(0)
+    return lambda i, x0, x: solver.step(x0, whole[i], x).prev_sample
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values[:, None, None, None]  # [B] → [B, 1, 1, 1]
+
+
+def _normal_cdf(z: Tensor) -> Tensor:
+    return 0.5 * torch.erfc(-math.sqrt(0.5) * z)  # torch.special.ndtr loses the lower tail in fp32
