@@ -1,0 +1,185 @@
+"""One way to measure. `pytest bench/` prints a table; on a GPU it also writes bench/results/<bench>-<device>.json.
+
+On a GPU a time is the median between device events with L2 flushed before each round; on a CPU it is wall clock. Every bandwidth
+stands beside the copy, and every rate of arithmetic beside the matrix product, measured in the same run on the same device.
+"""
+
+import json
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Row(NamedTuple):
+    """One measurement. `bytes` and `flops` are what the variant moves and computes by construction, None where not stated."""
+
+    bench: str  # the file it came from
+    op: str
+    baseline: str  # which implementation this is: "fastdit", "eager", "torch.compile" …
+    shape: str
+    microseconds: float
+    rounds: int
+    bytes: int | None
+    gb_per_s: float | None
+    percent_of_copy: float | None
+    flops: int | None
+    tflop_per_s: float | None
+    percent_of_matmul: float | None
+
+
+class Ceilings(NamedTuple):
+    copy: float  # bytes/s, read and written
+    matmul: float  # FLOP/s
+
+
+@dataclass
+class Session:
+    """What the summary prints: pytest hands fixtures and hooks no object in common."""
+
+    rows: list[Row] = field(default_factory=list)
+    ceilings: Ceilings | None = None
+
+
+STASH = Session()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def gpu(device: torch.device) -> torch.device:
+    """The device, for a bench of kernels; without a GPU the bench is skipped and the static table stands in."""
+    if device.type != "cuda":
+        pytest.skip("no GPU here: what is known without one is printed by `python -m fastdit_kernels.aot`")
+    return device
+
+
+@pytest.fixture(scope="session")
+def seconds(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """seconds(call): how long one call takes, its inputs not in L2."""
+    if device.type != "cuda":
+
+        def on_cpu(call: Callable[[], object]) -> float:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return on_cpu
+    flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+
+    def on_gpu(call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    return on_gpu
+
+
+@pytest.fixture(scope="session")
+def ceilings(device: torch.device, seconds) -> Ceilings:
+    """The copy and the matrix product this device reaches now: what every other row is a percentage of."""
+    size, side, dtype = (2**30, 8192, torch.bfloat16) if device.type == "cuda" else (2**26, 1024, torch.float32)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+
+    def best(call: Callable[[], object]) -> float:
+        return statistics.median([seconds(call) for _ in range(25)][5:])
+
+    reached = Ceilings(2 * size / best(lambda: target.copy_(source)), 2 * side**3 / best(lambda: a @ a))
+    STASH.ceilings = reached
+    return reached
+
+
+@pytest.fixture
+def measure(benchmark, request: pytest.FixtureRequest, seconds, ceilings: Ceilings) -> Callable[..., Row]:
+    """measure(call, op=, baseline=, shape=, bytes=, flops=, rounds=): time one call and add its row to the table.
+
+    `bytes` and `flops` are what this implementation moves and computes in one call, by construction.
+    """
+
+    def measure(
+        call: Callable[[], object],
+        *,
+        op: str,
+        baseline: str,
+        shape: str,
+        bytes: int | None = None,
+        flops: int | None = None,
+        rounds: int = 50,
+    ) -> Row:
+        times: list[float] = []
+        # pytest-benchmark keeps its own statistics of the same rounds, for --benchmark-compare; wall clock, synchronised.
+        benchmark.pedantic(lambda: times.append(seconds(call)), rounds=rounds, warmup_rounds=5)
+        median = statistics.median(times[5:] or times)  # with --benchmark-disable there is one
+        bandwidth, rate = (None if n is None else n / median for n in (bytes, flops))
+        row = Row(
+            request.path.stem, op, baseline, shape, median * 1e6, rounds,
+            bytes, bandwidth and bandwidth / 1e9, bandwidth and 100 * bandwidth / ceilings.copy,
+            flops, rate and rate / 1e12, rate and 100 * rate / ceilings.matmul,
+        )  # fmt: skip
+        benchmark.extra_info.update(row._asdict())
+        STASH.rows.append(row)
+        return row
+
+    return measure
+
+
+def _commit() -> str:
+    root = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    changed = subprocess.run(
+        ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return commit + (" with changes" if changed else "")
+
+
+def _describe(number: float | None, form: str) -> str:
+    return "-" if number is None else format(number, form)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if not STASH.rows or STASH.ceilings is None:
+        return
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    write = terminalreporter.write_line
+    copy, matmul = STASH.ceilings.copy / 1e9, STASH.ceilings.matmul / 1e12
+    write(f"\n{name}: copy {copy:.0f} GB/s, matrix product {matmul:.3g} TFLOP/s, measured in this run")
+    write(
+        f"{'op':36} {'implementation':28} {'shape':32} {'µs':>10} {'MB':>9} {'GB/s':>7} {'% copy':>6} {'TFLOP/s':>7} {'% mm':>5}"
+    )
+    for r in STASH.rows:
+        megabytes = _describe(r.bytes and r.bytes / 1e6, ".1f")
+        write(
+            f"{r.op:36} {r.baseline:28} {r.shape:32} {r.microseconds:10.1f} {megabytes:>9} {_describe(r.gb_per_s, '.4g'):>7}"
+            f" {_describe(r.percent_of_copy, '.0f'):>6} {_describe(r.tflop_per_s, '.3g'):>7} {_describe(r.percent_of_matmul, '.0f'):>5}"
+        )
+    if not torch.cuda.is_available():
+        return
+    RESULTS.mkdir(exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    about = {
+        "device": name, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda, "commit": _commit(),
+        "copy_gb_per_s": copy, "matmul_tflop_per_s": matmul,
+    }  # fmt: skip
+    for bench in {r.bench for r in STASH.rows}:
+        path = RESULTS / f"{bench}-{slug}.json"
+        path.write_text(json.dumps({**about, "rows": [r._asdict() for r in STASH.rows if r.bench == bench]}, indent=1) + "\n")
+        write(f"wrote {path}")

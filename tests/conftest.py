@@ -1,0 +1,199 @@
+"""Fixtures every kernel test shares: the device, fp64 truth, and what a kernel reads and writes.
+
+A kernel runs on the GPU where there is one, and in Triton's interpreter on CPU tensors where there is not, from one test source.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when `triton.jit` decorates: before any kernel module is imported
+
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@pytest.fixture(scope="session")
+def device() -> Iterator[torch.device]:
+    """Where kernels run. Without a GPU it is the CPU, with the interpreter's bf16 stores rounded as a GPU rounds them."""
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    truncating = InterpreterBuilder.cast_impl
+
+    def rounding(self, source, to):  # to the nearest, ties to even
+        if source.dtype.scalar == float32 and to.scalar == bfloat16:
+            values = torch.from_numpy(np.ascontiguousarray(source.data, np.float32))
+            return TensorHandle(values.bfloat16().view(torch.int16).numpy().view(np.uint16), bfloat16)
+        return truncating(self, source, to)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "cast_impl", rounding)
+        yield torch.device("cpu")
+
+
+@pytest.fixture
+def nan_filled() -> Iterator[None]:
+    """Every tensor allocated without a value holds NaN, so that an element a kernel did not write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    assert torch.empty_like(torch.zeros(3)).isnan().all()
+    assert torch.zeros(3).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def results() -> Callable[[Op, Mapping[str, Tensor]], dict[str, Tensor]]:
+    """results(op, inputs): outputs "out0", "out1" … and gradients "dx", "dscale" … of an op, by name.
+
+    Floating inputs become leaves with the strides they have. The gradients that arrive are random, a function of their shape,
+    and rounded to bf16, so that every dtype is given the same numbers.
+    """
+
+    def results(op: Op, inputs: Mapping[str, Tensor | int]) -> dict[str, Tensor]:
+        leaves = {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        outputs = op(**leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        generator = torch.Generator().manual_seed(7)
+        upstream = [torch.randn(o.shape, generator=generator).bfloat16().to(o) for o in outputs]
+        wanted = {k: v for k, v in leaves.items() if isinstance(v, Tensor)}
+        gradients = torch.autograd.grad(outputs, list(wanted.values()), upstream)
+        return {f"out{i}": o.detach() for i, o in enumerate(outputs)} | {
+            f"d{k}": g for k, g in zip(wanted, gradients, strict=True)
+        }
+
+    return results
+
+
+class Errors(NamedTuple):
+    """Relative errors to fp64, ‖a - truth‖ / ‖truth‖, of an output or a gradient: the kernel's and the eager reference's."""
+
+    kernel: float
+    reference: float
+
+
+@pytest.fixture(scope="session")
+def errors(results) -> Callable[[Op, Op, Mapping[str, Tensor]], dict[str, Errors]]:
+    """errors(kernel, reference, inputs): for each output and gradient, both relative to the reference run in fp64."""
+
+    def relative(actual: Tensor, truth: Tensor) -> float:
+        return ((actual.double() - truth).norm() / truth.norm()).item()
+
+    def errors(kernel: Op, reference: Op, inputs: Mapping[str, Tensor]) -> dict[str, Errors]:
+        truth = results(reference, {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()})
+        ours, eager = results(kernel, inputs), results(reference, inputs)
+        assert ours.keys() == truth.keys()
+        for name in truth:
+            assert ours[name].dtype == eager[name].dtype, name
+            assert ours[name].shape == eager[name].shape, name
+        return {name: Errors(relative(ours[name], t), relative(eager[name], t)) for name, t in truth.items()}
+
+    return errors
+
+
+class Traffic(NamedTuple):
+    """Bytes a launch loads and stores. `memory` counts an address once; `programs` once for each program that touches it."""
+
+    memory: int
+    programs: int
+
+
+class Recorder:
+    """Collects the addresses each program of each launch loads and stores."""
+
+    def __init__(self) -> None:
+        self.launches: list[dict[tuple[str, tuple[int, ...]], list[np.ndarray]]] = []
+
+    def launch(self) -> None:
+        self.launches.append({})
+
+    def add(self, kind: str, program: tuple[int, ...], addresses: np.ndarray, size: int) -> None:
+        self.launches[-1].setdefault((f"{kind}{size}", program), []).append(addresses)
+
+    def traffic(self) -> Traffic:
+        memory = programs = 0
+        for accesses in self.launches:
+            by_kind: dict[str, list[np.ndarray]] = {}
+            for (kind, _), addresses in accesses.items():
+                distinct = np.unique(np.concatenate(addresses))
+                programs += distinct.size * int(kind[-1])
+                by_kind.setdefault(kind, []).append(distinct)
+            memory += sum(np.unique(np.concatenate(a)).size * int(kind[-1]) for kind, a in by_kind.items())
+        return Traffic(memory, programs)
+
+
+@pytest.fixture(scope="session")
+def recording(device) -> Callable[[], AbstractContextManager[Recorder]]:
+    """`with recording() as recorder:` records what every kernel launched inside loads and stores. Interpreter only."""
+    if device.type != "cpu":
+        pytest.skip("addresses are recorded in the interpreter")
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    @contextmanager
+    def recording() -> Iterator[Recorder]:
+        recorder = Recorder()
+        load, store, call = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store, GridExecutor.__call__
+
+        def note(kind: str, builder, pointers, mask) -> None:
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            recorder.add(kind, tuple(builder.grid_idx), pointers.data[mask.data.astype(bool)].ravel(), size)
+
+        def create_masked_load(self, pointers, mask, *rest):
+            note("load", self, pointers, mask)
+            return load(self, pointers, mask, *rest)
+
+        def create_masked_store(self, pointers, value, mask, *rest):
+            note("store", self, pointers, mask)
+            return store(self, pointers, value, mask, *rest)
+
+        def launched(self, *args, **kwargs):
+            recorder.launch()
+            return call(self, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(InterpreterBuilder, "create_masked_load", create_masked_load)
+            patch.setattr(InterpreterBuilder, "create_masked_store", create_masked_store)
+            patch.setattr(GridExecutor, "__call__", launched)
+            yield recorder
+
+    return recording
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Callable[[Tensor], Tensor]:
+    """embedded(tensor): the same values in the middle of a longer allocation whose every other element is NaN."""
+
+    def embedded(tensor: Tensor) -> Tensor:
+        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        around = torch.full((span + 2 * 4096,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+        inside = around.as_strided(tensor.shape, tensor.stride(), 4096)
+        inside.copy_(tensor)
+        return inside
+
+    return embedded
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory: pytest.TempPathFactory):
+    """run_ranks(world, fn, *args): each rank's return value; fn is a function of a test file. The class Ranks says the rest."""
+    spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    ranks = module.Ranks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
