@@ -4,7 +4,6 @@ Every byte is untrusted: pictures are decoded from bytes held in memory, a row's
 out of a folder, nothing is executed. What cannot be decoded is named with its reason and left to the caller to count.
 """
 
-import importlib.util
 import io
 import itertools
 import os
@@ -14,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from fastdit import draws
+from fastdit import cats
 from fastdit.config import DataConfig, UserError
 
 Pixels = NDArray[np.uint8]
@@ -162,86 +160,19 @@ def _file_bytes(path: Path) -> bytes:
 
 # --- embedded cats ---
 
-# The fifteen bodies in `robohash`'s order; a cat's class is its colour.
-CAT_COLOURS = (
-    *("maroon", "green", "charcoal", "mauve", "red", "sand", "pink", "brown"),
-    *("blue", "yellow", "ochre", "grey", "caramel", "cream", "orange"),
-)
-LAYERS = (15, 10, 15, 10, 16)  # bodies, furs, eyes, mouths, accessories
-FURS = (0, 1, 2, 3, 4, 5, 7, 8, 9)  # 2 and 6 are both blank
-HELD_OUT = 8  # one look in so many is kept for evaluation
-
 
 def _cats(data: DataConfig, held_out: bool, threads: int) -> ImageSource:
-    """Drawn cats (David Revoy, CC-BY-4.0, through robohash), their layers resized and recombined, no two equal in pixels.
-
-    Which cats there are is fixed, whatever the run's seed. A look is a body, fur, eyes and accessory; looks are held out as a
-    whole, since a cat that differs from a training one by its mouth alone (a scarf may hide it) would be no new cat.
-    """
-    layers = _cat_layers(data.image_size[0], threads)
-    bodies, _, eyes, mouths, accessories = LAYERS
-    looks = draws.order(0, 0, bodies * len(FURS) * eyes * accessories).numpy()
-    kept = len(looks) // HELD_OUT
-    looks = looks[:kept] if held_out else looks[kept:]
-    order = draws.order(0, 1, len(looks) * mouths).numpy()
-    look, mouth = looks[order // mouths], order % mouths
-    body, fur, eye, accessory = np.unravel_index(look, (bodies, len(FURS), eyes, accessories))
-    cats = np.stack([body, np.array(FURS)[fur], eye, mouth, accessory], axis=1)
-
-    wanted = data.num_images or (5_000 if held_out else 20_000)
-    seen: set[bytes] = set()
-    chosen: list[int] = []
-    for start in range(0, len(cats), 128):
-        for i, image in enumerate(_compose(layers, cats[start : start + 128]), start):
-            digest = blake2b(image.tobytes(), digest_size=16).digest()
-            if digest not in seen:
-                seen.add(digest)
-                chosen.append(i)
-        if len(chosen) >= wanted:
-            break
-    else:
-        raise UserError(f"--data.num_images {wanted}: there are {len(chosen)} distinct cats of this size")
-    cats = cats[chosen[:wanted]]
+    num = data.num_images or (5_000 if held_out else 20_000)
+    drawn = cats.Cats(num, data.image_size[0], held_out, threads)
 
     def rows(start: int, stop: int) -> Iterator[Row]:
-        for i in range(start, min(stop, wanted), 128):
-            part = cats[i : min(i + 128, stop)]
-            for n, (parts, image) in enumerate(zip(part, _compose(layers, part), strict=True), i):
-                yield Row(f"cat {n}", image, int(parts[0]))
+        for i in range(start, min(stop, num), cats.CHUNK):
+            end = min(i + cats.CHUNK, stop, num)
+            for n, image, label in zip(range(i, end), drawn.images(i, end), drawn.labels(i, end), strict=True):
+                yield Row(f"cat {n}", image, label)
 
-    name = f"{wanted:,} {'held-out ' if held_out else ''}embedded cats"
-    return ImageSource(name, wanted, data.image_size, True, CAT_COLOURS, rows, 1)
-
-
-def _cat_layers(size: int, threads: int) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Per kind of layer (colour, cover), each [num, size, size, 3]: over a picture p, a layer gives colour + cover·p.
-
-    Colours are multiplied by alpha before they are shrunk, so that no edge takes on the colour of transparent pixels.
-    """
-    spec = importlib.util.find_spec("robohash")  # finds the drawings without running the package
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("the embedded cats are composed from the package robohash; pip install robohash==2.0")
-    root = Path(spec.submodule_search_locations[0]) / "sets" / "set4"
-    folders = [sorted(folder.glob("*.png"), key=lambda p: int(p.name[:3])) for folder in sorted(root.glob("0*"))]
-    if tuple(map(len, folders)) != LAYERS:
-        raise UserError(f"{root} does not hold the drawings of robohash 2.0; pip install robohash==2.0")
-
-    def shrink(path: Path) -> NDArray[np.float32]:
-        with Image.open(path, formats=("PNG",)) as layer:
-            return np.asarray(layer.convert("RGBA").convert("RGBa").reduce(layer.width // size), np.float32)
-
-    with ThreadPoolExecutor(threads) as pool:
-        kinds = [np.stack(list(pool.map(shrink, paths))) for paths in folders]
-    return [(np.ascontiguousarray(kind[..., :3]), np.repeat(1 - kind[..., 3:] / 255, 3, axis=-1)) for kind in kinds]
-
-
-def _compose(layers: list[tuple[NDArray[np.float32], NDArray[np.float32]]], cats: NDArray[np.int64]) -> Pixels:
-    """Layers [num, 5], drawn over white in their order → uint8 [num, size, size, 3]."""
-    image = np.full((len(cats), *layers[0][0].shape[1:]), 255, np.float32)
-    for (colour, cover), choice in zip(layers, cats.T, strict=True):
-        image *= cover[choice]
-        image += colour[choice]
-    return (image + 0.5).astype(np.uint8)
+    name = f"{num:,} {'held-out ' if held_out else ''}embedded cats"
+    return ImageSource(name, num, data.image_size, True, cats.COLOURS, rows)
 
 
 # --- a folder ---

@@ -15,7 +15,8 @@ SOURCES = sorted(ROOT.glob("fastdit/*.py")) + sorted(ROOT.glob("kernels/fastdit_
 RANKS = [
     {"fastdit_kernels"},
     {"config", "draws"},
-    {"model", "diffusion", "vae", "images", "parallel", "optim", "checkpoint", "meter"},
+    {"cats"},
+    {"model", "diffusion", "vae", "images", "parallel", "optim", "checkpoint", "meter", "packs"},
     {"latents"},
     {"train", "encode", "sample"},
 ]

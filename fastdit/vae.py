@@ -1,0 +1,65 @@
+"""The autoencoder between pixels and latents: diffusers' AutoencoderKL, by folder or hub id. Never trained here."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdit.config import DataConfig, UserError
+
+PIXELS = 1 << 20  # that pass through at once: 16 images of 256×256 take about 3 GB in fp32
+
+
+class VAE:
+    """A frozen AutoencoderKL, fp32. Latents are scaled where they leave and unscaled where they return, nowhere else.
+
+    C, latent channels; `factor`, pixels per latent along a side; `scale` and `shift`: z = (latent - shift)·scale.
+    """
+
+    def __init__(self, autoencoder: Any, device: torch.device, revision: str = "") -> None:
+        config = autoencoder.config
+        self.autoencoder = autoencoder.to(device, torch.float32).requires_grad_(False).eval()
+        self.device = device
+        self.revision = revision  # the hub's commit; empty for a folder
+        self.channels = int(config.latent_channels)
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.scale = float(config.scaling_factor)
+        self.shift = float(config.get("shift_factor") or 0.0)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1], [B, 3, H, W] → mean and log-variance of their latents, unscaled, fp32 [B, 2·C, h, w]."""
+        parts = images.float().split(max(1, PIXELS // images[0, 0].numel()))
+        return torch.cat([self.autoencoder.encode(part).latent_dist.parameters for part in parts])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, C, h, w] → images fp32 [B, 3, h·factor, w·factor], about [-1, 1] (not clipped)."""
+        parts = (latents.float() / self.scale + self.shift).split(max(1, PIXELS // (latents[0, 0].numel() * self.factor**2)))
+        return torch.cat([self.autoencoder.decode(part).sample for part in parts])
+
+
+def load(data: DataConfig, device: torch.device) -> VAE:
+    """The autoencoder that --data.vae names, from safetensors alone. Raises UserError, one line, where it cannot be had."""
+    from diffusers import AutoencoderKL  # here: it takes seconds to import, and a run on pixels needs none of it
+
+    try:
+        autoencoder = AutoencoderKL.from_pretrained(
+            data.vae, revision=data.vae_revision or None, use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except Exception as error:  # of the network, the hub, the cache or the files: all are about what was asked for
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        where = "" if Path(data.vae).is_dir() else "no such folder, and not loaded from the hub: "
+        raise UserError(f"--data.vae {data.vae}: {where}{reason}") from None
+    return VAE(autoencoder, device, _commit(data))
+
+
+def _commit(data: DataConfig) -> str:
+    """The commit of the hub's repository that was loaded, from the cache it was loaded from."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(data.vae).exists():
+        return ""
+    cached = try_to_load_from_cache(data.vae, "config.json", revision=data.vae_revision or None)
+    return Path(cached).parent.name if isinstance(cached, str) else ""
