@@ -29,7 +29,7 @@ from fastdit.config import Config, DataConfig, UserError
 from fastdit.packs import FORMAT, Batch, Manifest, Pack, read_manifest, verify
 from fastdit.parallel import World
 
-__all__ = ["Batch", "Manifest", "Pack", "ensure", "read_manifest", "verify"]
+__all__ = ["Batch", "Manifest", "Pack", "ensure", "open_pack", "read_manifest", "verify"]
 
 T = TypeVar("T")
 Progress = Callable[[int, int, int], None]  # images done, images in all, images skipped
@@ -58,6 +58,12 @@ def ensure(
     manifest = _first(world, lambda: read_manifest(path))
     _fits(config, manifest.image_shape, manifest.num_classes, manifest.vae)
     return path
+
+
+def open_pack(config: Config, world: World, log: Callable[[str], None] = print) -> Pack:
+    """The config's pack, encoded first if need be, as a training loop reads it: each rank's batches one micro-step apart."""
+    d, stride = config.data, config.train.batch * world.size
+    return Pack(ensure(config, world, log), world.device, config.run.seed, d.hflip, d.device_gib, stride)
 
 
 def folder(data: DataConfig) -> Path:

@@ -1,0 +1,112 @@
+"""Encode a recipe's images into the pack that training reads: `torchrun fastdit/encode.py [RECIPE]`, and check packs."""
+
+import contextlib
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastdit import latents, packs, parallel
+from fastdit.config import Config, UserError, exit_cleanly, parse
+
+DESCRIPTION = """Encode a recipe's images into the pack that training reads (which does so by itself where the pack is missing).
+Killed and run again, it goes on where it was, on any number of processes.
+
+encode.py verify PACK    hash a pack against its manifest instead"""
+
+
+def encode(config: Config) -> None:
+    """Encode on all ranks, with a progress bar on a terminal, and report what came of it."""
+    start = time.perf_counter()
+    world = parallel.init(config.parallel)
+    try:
+        with _bar(world.rank == 0) as progress:
+            path = latents.ensure(config, world, progress=progress)
+    except UserError:  # every rank's alike
+        parallel.shutdown()
+        raise
+    if world.rank == 0:
+        print("\n".join([*report(path), f"{time.perf_counter() - start:.1f} s in all"]), flush=True)
+    parallel.shutdown()
+
+
+@contextlib.contextmanager
+def _bar(shown: bool) -> Iterator[latents.Progress | None]:
+    """A progress bar on a terminal; elsewhere None, which leaves plain lines."""
+    console = Console()
+    if not (shown and console.is_terminal):
+        yield None
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images, {task.fields[skipped]} skipped"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=None, skipped=0)
+
+        def progress(done: int, total: int, skipped: int) -> None:
+            bar.update(task, completed=done, total=total, skipped=skipped)
+
+        yield progress
+
+
+def report(path: Path) -> list[str]:
+    """What a pack holds, in lines."""
+    manifest, data = packs.open_data(path)
+    m = manifest
+    lines = [
+        f"{path}: {m.count:,} images of {m.dataset}, {data.numel() / 2**20:,.1f} MiB",
+        f"rows: {m.dtype} {m.shape}" + (f", moments of {m.vae} {m.vae_revision}".rstrip() if m.vae else ""),
+        f"classes: {m.num_classes}"
+        + (f" ({', '.join(m.class_names[:20])}{', …' if m.num_classes > 20 else ''})" if m.class_names else ""),
+    ]
+    reasons = Counter(reason for _, reason in m.skipped)
+    lines += (
+        [f"skipped: {len(m.skipped):,} ({'; '.join(f'{n} × {reason}' for reason, n in reasons.most_common(5))})"]
+        if reasons
+        else []
+    )
+    lines += [f"  {name!r}: {reason}" for name, reason in m.skipped[:10]]
+    if m.vae:
+        mean, std = statistics(manifest, data)
+        lines += [f"scaled latents, per channel: mean {_numbers(mean)}; std {_numbers(std)}"]
+    return lines
+
+
+def statistics(m: packs.Manifest, data: Tensor, most: int = 4096) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the scaled latents per channel, fp64 [C], over up to `most` images spread over the pack.
+
+    Exact over the posterior, with no draw: the variance of a mixture is that of its means plus the mean of its variances.
+    """
+    rows = data[: m.count * m.row_bytes].view(packs.DTYPES[m.dtype]).view(m.count, *m.shape)
+    rows = rows[:: max(1, m.count // most)].double()  # [N, 2, 2·C, h, w]
+    mean, logvar = rows.transpose(0, 2).flatten(1).chunk(2)  # [C, ·]
+    variance = mean.var(1, correction=0) + logvar.clamp(-30, 20).exp().mean(1)
+    return (mean.mean(1) - m.shift) * m.scale, variance.sqrt() * m.scale
+
+
+def _numbers(values: Tensor) -> str:
+    return " ".join(f"{x:.3f}" for x in values.tolist())
+
+
+def _main() -> None:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["verify"]:
+        if len(arguments) != 2:
+            raise UserError("verify takes one argument, the folder of a pack")
+        path = Path(arguments[1])
+        manifest = packs.verify(path)
+        print(f"{path}: {manifest.count:,} images, every checksum right")
+        return
+    encode(parse(arguments, "encode.py", DESCRIPTION))
+
+
+def main() -> None:
+    exit_cleanly(_main, rank=int(os.environ.get("RANK", 0)))
+
+
+if __name__ == "__main__":
+    main()
