@@ -3,7 +3,7 @@
 from fastdit_kernels import Ops
 from fastdit_kernels.attention import attention
 from fastdit_kernels.gate_residual_ln_modulate import gate_residual_ln_modulate
+from fastdit_kernels.gelu_dwconv import gelu_dwconv
 from fastdit_kernels.ln_modulate import ln_modulate
-from fastdit_kernels.reference import gelu_dwconv
 
 TRITON = Ops(ln_modulate, gate_residual_ln_modulate, gelu_dwconv, attention)

@@ -1,0 +1,216 @@
+"""GELU, then a depthwise convolution: z = dwconv(GELU_tanh(h + bias)) + conv_bias. h is read once and z written once, 4 bytes
+per element in bf16; backward 6. Only h is saved: the activation and its slope are computed again.
+
+The tile. The grid is cut into vertical strips a few columns wide, numbered through the whole batch, so that 4×4 tokens fill a
+program as well as 128×128. A program owns 16 columns of 64 channels, one image at 16×16, and walks down the rows. A thread owns
+one strip and 8 channels (4 in the backward of K > 3, whose K² sums for each channel would not fit in registers), so that a
+neighbouring row or column is another of its own registers: GELU is evaluated once for each column a strip reads,
+(COLS + K - 1)/COLS times per element instead of K, and nothing passes through shared memory.
+
+Forward. A row's activations enter K rows of output; K - 1 unfinished ones are carried to the next row. Outside the grid the
+activation is zero, not its input (GELU(0 + bias) ≠ 0).
+
+Backward mirrors it about the centre token: each dz within its reach serves twice. With `before` = (K-1)//2,
+
+    du[y, x] = Σ_ij weight[i, j]·dz[y + before - i, x + before - j]                       dh = du·GELU'(h + bias)
+    dweight[i, j] = Σ_yx GELU(h + bias)[y, x]·dz[y + before - i, x + before - j]          dbias = Σ dh, dconv_bias = Σ dz
+
+all in one pass. The rows of dz come K times, out of L1 but for the first. The sums leave as one fp32 partial per program, which
+`partials.py` adds without atomics.
+
+The weight is repacked from nn.Conv2d's [F, 1, K, K] to fp32 [K², F], outside the op, where a compiler and autograd see it: one
+kernel and 0.2 MB a call for F = 3072. A tap of 8 channels is then two 128-bit loads; in place it would be 8 scalar ones.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastdit_kernels.checks import STREAM_DTYPES, require, require_stream
+from fastdit_kernels.gelu_dwconv_kernels import backward_kernel, forward_kernel
+from fastdit_kernels.launch import Launch, run, skip
+from fastdit_kernels.partials import sum_partials
+
+__all__ = ["gelu_dwconv"]
+
+OP = "gelu_dwconv"
+
+BLOCK = 64  # channels of a program: a 128-byte line of bf16
+MAX_PROGRAMS = 256  # for each block of channels: as many partial sums are added at the end
+
+
+class Tile(NamedTuple):
+    columns: int  # of a strip
+    strips: int  # of a program, at a time
+    num_warps: int
+
+
+class Split(NamedTuple):
+    strips: int  # in all
+    programs: int
+    steps: int  # tiles of each program, one after the other
+
+
+def split(samples: int, height: int, width: int, tile: Tile, tokens: int) -> Split:
+    """Share the strips of a batch among programs of about `tokens` tokens or, if these would be too many, more."""
+    strips = samples * triton.cdiv(width, tile.columns)
+    tiles = triton.cdiv(strips, tile.strips)
+    wanted = max(tokens // (tile.strips * tile.columns * height), triton.cdiv(tiles, MAX_PROGRAMS))
+    steps = max(1, min(wanted, tiles))
+    return Split(strips, triton.cdiv(tiles, steps), steps)
+
+
+def columns_read(split: Split, width: int, tile: Tile, before: int, after: int) -> int:
+    """Grid columns that programs read with `before` and `after` neighbours of each of their own, summed over programs."""
+    per_image = triton.cdiv(width, tile.columns)
+    total = 0
+    for program in range(split.programs):
+        columns = set()
+        for strip in range(program * split.steps * tile.strips, min((program + 1) * split.steps * tile.strips, split.strips)):
+            image, first = strip // per_image, strip % per_image * tile.columns
+            last = min(first + tile.columns, width) + after
+            columns |= {(image, x) for x in range(max(0, first - before), min(last, width))}
+        total += len(columns)
+    return total
+
+
+# Chosen from the code compiled for sm_80 and sm_90: the fewest instructions per element that do not spill, with 128-bit
+# accesses to the streams. The backward of K > 3 alone makes do with 64-bit ones; a warp still takes 128 bytes of each token.
+FORWARD_TILES = {3: Tile(4, 4, 1), 4: Tile(2, 8, 2), 5: Tile(2, 8, 2)}
+BACKWARD_TILES = {3: Tile(2, 8, 2), 4: Tile(4, 4, 2), 5: Tile(4, 4, 2)}
+
+# Tokens of a program for each tap: what every program reads and writes besides, taps and sums, grows with K².
+FORWARD_TOKENS, BACKWARD_TOKENS = 32, 64
+
+
+def forward_split(B: int, height: int, width: int, K: int) -> Split:
+    return split(B, height, width, FORWARD_TILES[K], FORWARD_TOKENS * K * K)
+
+
+def backward_split(B: int, height: int, width: int, K: int) -> Split:
+    return split(B, height, width, BACKWARD_TILES[K], BACKWARD_TOKENS * K * K)
+
+
+def forward(
+    h: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor, height: int, width: int, exact: bool, launch: Launch
+) -> Tensor:
+    """z like h; taps [K², F] in fp32."""
+    (B, _, F), K = h.shape, math.isqrt(taps.shape[0])
+    z = torch.empty_like(h)
+    if z.numel():
+        tile = FORWARD_TILES[K]
+        strips, programs, steps = forward_split(B, height, width, K)
+        launch(
+            forward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_h=h, p_bias=bias, p_taps=taps,
+            p_conv_bias=conv_bias, p_z=z, num_strips=strips, steps=steps, H=height, W=width, F=F, K=K, STRIPS=tile.strips,
+            COLS=tile.columns, BLOCK=BLOCK, EXACT=exact,
+        )  # fmt: skip
+    return z
+
+
+def backward(
+    dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int, exact: bool, launch: Launch
+) -> tuple[Tensor, Tensor]:
+    """(dh, sums): dh like h; sums [K² + 2, F] in fp32 are dtaps, dbias and dconv_bias."""
+    (B, _, F), K = h.shape, math.isqrt(taps.shape[0])
+    dh = torch.empty_like(h)
+    if not h.numel():
+        return dh, taps.new_zeros(K * K + 2, F)
+    sums = taps.new_empty(K * K + 2, F)
+    tile = BACKWARD_TILES[K]
+    strips, programs, steps = backward_split(B, height, width, K)
+    partials = taps.new_empty(1, programs, (K * K + 2) * F)
+    launch(
+        backward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_dz=dz, p_h=h, p_bias=bias, p_taps=taps, p_dh=dh,
+        p_partials=partials, num_strips=strips, steps=steps, H=height, W=width, F=F, K=K, STRIPS=tile.strips, COLS=tile.columns,
+        BLOCK=BLOCK, EXACT=exact,
+    )  # fmt: skip
+    sum_partials(partials, sums[None], launch)
+    return dh, sums
+
+
+def traffic(B: int, height: int, width: int, F: int, K: int, stream: int, parameter: int) -> dict[str, int]:
+    """Bytes each direction touches: each program's distinct addresses, summed. `stream` and `parameter` are bytes per element.
+
+    The floor of 2 and 3 streams; columns that neighbouring programs both read; taps and biases, once a program; the fp32
+    partials, written and read, and their sum.
+    """
+    column = height * F * stream
+    before, after = (K - 1) // 2, K // 2
+    ahead, back = forward_split(B, height, width, K), backward_split(B, height, width, K)
+    h_read = columns_read(ahead, width, FORWARD_TILES[K], before, after)
+    dz_read = columns_read(back, width, BACKWARD_TILES[K], after, before)
+    sums = (K * K + 2) * F * 4
+    return {
+        "forward": (B * width + h_read) * column + ahead.programs * F * (4 * K * K + 2 * parameter),
+        "backward": (2 * B * width + dz_read) * column + back.programs * (F * (4 * K * K + parameter) + 2 * sums) + sums,
+    }
+
+
+# custom_op for ln_modulate's reasons.
+@torch.library.custom_op("fastdit::gelu_dwconv", mutates_args=())
+def _op(h: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor, height: int, width: int, exact: bool) -> Tensor:
+    return forward(h, bias, taps, conv_bias, height, width, exact, run)
+
+
+@_op.register_fake
+def _(h: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor, height: int, width: int, exact: bool) -> Tensor:
+    return forward(h, bias, taps, conv_bias, height, width, exact, skip)
+
+
+@torch.library.custom_op("fastdit::gelu_dwconv_backward", mutates_args=())
+def _backward_op(
+    dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int, exact: bool
+) -> tuple[Tensor, Tensor]:
+    return backward(dz, h, bias, taps, height, width, exact, run)
+
+
+@_backward_op.register_fake
+def _(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int, exact: bool) -> tuple[Tensor, Tensor]:
+    return backward(dz, h, bias, taps, height, width, exact, skip)
+
+
+def _save(ctx, inputs, output) -> None:
+    h, bias, taps, _, *ctx.settings = inputs
+    ctx.save_for_backward(h, bias, taps)
+
+
+def _differentiate(ctx, dz: Tensor) -> tuple[Tensor | None, ...]:
+    h, bias, taps = ctx.saved_tensors
+    dh, sums = _backward_op(dz.contiguous(), h, bias, taps, *ctx.settings)
+    dtaps, (dbias, dconv_bias) = sums[:-2], sums[-2:].to(bias.dtype)
+    return dh, dbias, dtaps, dconv_bias, None, None, None
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def gelu_dwconv(
+    h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, height: int, width: int, *, exact: bool = False
+) -> Tensor:
+    """Depthwise K×K convolution of GELU_tanh(h + bias) on the token grid (LocalViT, arXiv 2104.05707).
+
+    h [B, H·W, F], contiguous, bf16, fp16 or fp32, F up to 8192; bias and conv_bias [F] and weight [F, 1, K, K] as nn.Conv2d
+    keeps it, K in {3, 4, 5}, contiguous, of one such dtype. Zero padding of the activation keeps the grid: (K-1)//2 before and
+    K//2 after. Returns [B, H·W, F] in h's dtype. Raises ValueError for anything else.
+
+    For 16-bit streams a GPU's own tanh serves, relative error 2⁻¹¹; `exact` asks for one formed from exp, which fp32 streams
+    and the interpreter, which has no such instruction, always get.
+    """
+    require_stream(OP, "h", h, "[B, H·W, F]")
+    _, T, F = h.shape
+    if weight.ndim != 4 or weight.shape[-1] not in FORWARD_TILES:
+        raise ValueError(f"{OP}: weight has shape {list(weight.shape)}, expected [F, 1, K, K] with K = 3, 4 or 5")
+    if height < 1 or width < 1 or height * width != T:
+        raise ValueError(f"{OP}: h has {T} tokens, which is not height·width = {height}·{width}")
+    K = weight.shape[-1]
+    require(OP, "bias", bias, "[F]", (F,), STREAM_DTYPES, h.device)
+    require(OP, "weight", weight, "[F, 1, K, K]", (F, 1, K, K), (bias.dtype,), h.device)
+    require(OP, "conv_bias", conv_bias, "[F]", (F,), (bias.dtype,), h.device)
+    # Transposed and cast by one kernel, which without `copy` would leave an fp32 weight where it is.
+    taps = weight.reshape(F, K * K).t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    exact = exact or h.dtype == torch.float32 or triton.knobs.runtime.interpret
+    return _op(h, bias, taps, conv_bias, height, width, exact)

@@ -1,0 +1,194 @@
+"""The kernels of gelu_dwconv, whose file says what they compute and why the tile is what it is.
+
+One thread's columns are a tuple of tensors, of which Triton gives each thread the same lanes: [STRIPS, BLOCK] everywhere.
+"""
+
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated"
+# Triton's tuples grow by +, they have no star and no declared type.
+
+import triton
+import triton.language as tl
+
+__all__ = ["backward_kernel", "forward_kernel"]
+
+C = tl.constexpr(0.7978845608028654)  # √(2/π), of the tanh form of GELU
+A = tl.constexpr(0.044715)
+
+
+@triton.jit
+def _tanh(u, EXACT: tl.constexpr):
+    if EXACT:
+        return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * u))
+    else:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _gelu(y, EXACT: tl.constexpr):
+    """GELU_tanh(2y). In y = x/2, which costs nothing where x = h + bias is formed, it takes five instructions and the tanh."""
+    return y + y * _tanh(y * (y * y * (8.0 * C * A) + 2.0 * C), EXACT)
+
+
+@triton.jit
+def _gelu_and_slope(y, EXACT: tl.constexpr):
+    """GELU_tanh(x) and its derivative by x at x = 2y."""
+    square = y * y
+    t = _tanh(y * (square * (8.0 * C * A) + 2.0 * C), EXACT)
+    return y + y * t, y * (square * (12.0 * C * A) + C) * (1.0 - t * t) + (0.5 + 0.5 * t)
+
+
+@triton.jit
+def locate_channels(F: tl.constexpr, STRIPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets and mask of the program's channels, [STRIPS, BLOCK]; a row vector would change layout in shared memory."""
+    o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :] + tl.zeros([STRIPS, BLOCK], tl.int32)
+    m_c = tl.full([STRIPS, BLOCK], True, tl.int1) if F % BLOCK == 0 else o_c < F
+    return o_c, m_c
+
+
+@triton.jit
+def locate_strips(
+    step, num_strips, H: tl.constexpr, W: tl.constexpr, F: tl.constexpr, STRIPS: tl.constexpr, COLS: tl.constexpr
+):
+    """Of the program's strips at this step: offset of their first token's first channel, first column, and which exist."""
+    PER_IMAGE: tl.constexpr = (W + COLS - 1) // COLS
+    o_s = step * STRIPS + tl.arange(0, STRIPS)[:, None]
+    o_x = o_s % PER_IMAGE * COLS
+    return (o_s // PER_IMAGE).to(tl.int64) * (H * W * F) + o_x * F, o_x, o_s < num_strips
+
+
+@triton.jit
+def inside(m_s, o_x, x: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
+    """Strips whose column x, counted from their first, lies in the grid; where all do, nothing is compared."""
+    if x < 0:
+        return m_s & (o_x >= -x)
+    elif x >= COLS or W % COLS != 0:
+        return m_s & (o_x < W - x)
+    else:
+        return m_s
+
+
+@triton.jit
+def load_taps(p_row, m_c, F: tl.constexpr, K: tl.constexpr):
+    """One row of the weight. Loaded for every row of the grid, out of L1: K² taps of 8 channels would fill the registers."""
+    b_taps = ()
+    for i in tl.static_range(K):
+        b_taps = b_taps + (tl.load(p_row + i * F, mask=m_c, other=0.0),)
+    return b_taps
+
+
+@triton.jit
+def forward_kernel(
+    p_h, p_bias, p_taps, p_conv_bias, p_z, num_strips, steps,
+    H: tl.constexpr, W: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    STRIPS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    BEFORE: tl.constexpr = (K - 1) // 2
+    AFTER: tl.constexpr = K // 2
+    o_c, m_c = locate_channels(F, STRIPS, BLOCK)
+    b_bias = 0.5 * tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_conv_bias = tl.load(p_conv_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    for step in range(tl.program_id(1) * steps, tl.program_id(1) * steps + steps):
+        o_first, o_x, m_s = locate_strips(step, num_strips, H, W, F, STRIPS, COLS)
+        p_in = p_h + o_first + o_c
+        p_out = p_z + o_first + o_c
+        unfinished = ()  # rows y - AFTER … y + BEFORE - 1 of the output, COLS columns each
+        for _ in tl.static_range((K - 1) * COLS):
+            unfinished = unfinished + (b_conv_bias,)
+        for y in range(H):
+            b_g = ()
+            for i in tl.static_range(COLS + K - 1):
+                m_x = inside(m_s, o_x, i - BEFORE, W, COLS)
+                b_h = tl.load(p_in + (i - BEFORE) * F, mask=m_x & m_c, other=0.0).to(tl.float32)
+                b_g = b_g + (tl.where(m_x, _gelu(0.5 * b_h + b_bias, EXACT), 0.0),)
+            rows = ()
+            for j in tl.static_range(K):
+                b_taps = load_taps(p_taps + (K - 1 - j) * K * F + o_c, m_c, F, K)
+                for c in tl.static_range(COLS):
+                    b_z = unfinished[j * COLS + c] if j < K - 1 else b_conv_bias
+                    for i in tl.static_range(K):
+                        b_z += b_g[c + i] * b_taps[i]
+                    rows = rows + (b_z,)
+            for c in tl.static_range(COLS):
+                m_z = inside(m_s, o_x, c, W, COLS) & m_c & (y >= AFTER)
+                tl.store(p_out + (c - AFTER * W) * F, rows[c].to(p_z.dtype.element_ty), mask=m_z)
+            unfinished = rows[COLS:]
+            p_in += W * F
+            p_out += W * F
+        for j in tl.static_range(AFTER):  # the last rows lack only what lies below the grid
+            for c in tl.static_range(COLS):
+                m_z = inside(m_s, o_x, c, W, COLS) & m_c & (H + j >= AFTER)
+                tl.store(p_out + (c + (j - AFTER) * W) * F, unfinished[j * COLS + c].to(p_z.dtype.element_ty), mask=m_z)
+
+
+@triton.jit
+def backward_kernel(
+    p_dz, p_h, p_bias, p_taps, p_dh, p_partials, num_strips, steps,
+    H: tl.constexpr, W: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    STRIPS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    BEFORE: tl.constexpr = (K - 1) // 2
+    AFTER: tl.constexpr = K // 2
+    o_c, m_c = locate_channels(F, STRIPS, BLOCK)
+    b_bias = 0.5 * tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_zero = tl.zeros([STRIPS, BLOCK], tl.float32)
+    b_dbias = b_zero
+    b_dconv_bias = b_zero
+    b_dweight = ()
+    for _ in tl.static_range(K * K):
+        b_dweight = b_dweight + (b_zero,)
+    for step in range(tl.program_id(1) * steps, tl.program_id(1) * steps + steps):
+        o_first, o_x, m_s = locate_strips(step, num_strips, H, W, F, STRIPS, COLS)
+        p_centre = p_h + o_first + o_c
+        p_reach = p_dz + o_first + o_c
+        p_out = p_dh + o_first + o_c
+        for y in range(H):
+            b_g = ()
+            b_slope = ()
+            b_du = ()
+            for c in tl.static_range(COLS):
+                m_x = inside(m_s, o_x, c, W, COLS)
+                b_h = tl.load(p_centre + c * F, mask=m_x & m_c, other=0.0).to(tl.float32)
+                b_value, b_derivative = _gelu_and_slope(0.5 * b_h + b_bias, EXACT)
+                if W % COLS != 0:  # a column past the grid meets dz of the last one inside it
+                    b_value = tl.where(m_x, b_value, 0.0)
+                    b_derivative = tl.where(m_x, b_derivative, 0.0)
+                b_g = b_g + (b_value,)
+                b_slope = b_slope + (b_derivative,)
+                b_du = b_du + (b_zero,)
+            b_sums = ()
+            for i in tl.static_range(K):
+                m_y = m_s & (y + (BEFORE - i) >= 0) & (y + (BEFORE - i) < H)
+                b_dz = ()
+                for x in tl.static_range(-AFTER, COLS + BEFORE):
+                    m_dz = inside(m_y, o_x, x, W, COLS) & m_c
+                    b_dz = b_dz + (tl.load(p_reach + ((BEFORE - i) * W + x) * F, mask=m_dz, other=0.0).to(tl.float32),)
+                b_taps = load_taps(p_taps + i * K * F + o_c, m_c, F, K)
+                for j in tl.static_range(K):
+                    b_sum = b_dweight[i * K + j]
+                    for c in tl.static_range(COLS):
+                        b_sum += b_g[c] * b_dz[c + K - 1 - j]
+                    b_sums = b_sums + (b_sum,)
+                b_partial = ()
+                for c in tl.static_range(COLS):
+                    b_sum = b_du[c]
+                    for j in tl.static_range(K):
+                        b_sum += b_taps[j] * b_dz[c + K - 1 - j]
+                    b_partial = b_partial + (b_sum,)
+                    if i == BEFORE:
+                        b_dconv_bias += b_dz[c + AFTER]
+                b_du = b_partial
+            b_dweight = b_sums
+            for c in tl.static_range(COLS):
+                b_dh = b_du[c] * b_slope[c]
+                b_dbias += b_dh
+                tl.store(p_out + c * F, b_dh.to(p_dh.dtype.element_ty), mask=inside(m_s, o_x, c, W, COLS) & m_c)
+            p_centre += W * F
+            p_reach += W * F
+            p_out += W * F
+    o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p_partial = p_partials + tl.program_id(1).to(tl.int64) * ((K * K + 2) * F) + o_c
+    for k in tl.static_range(K * K):
+        tl.store(p_partial + k * F, tl.sum(b_dweight[k], 0), mask=o_c < F)
+    tl.store(p_partial + K * K * F, tl.sum(b_dbias, 0), mask=o_c < F)
+    tl.store(p_partial + (K * K + 1) * F, tl.sum(b_dconv_bias, 0), mask=o_c < F)
