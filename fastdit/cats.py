@@ -36,14 +36,7 @@ class Cats:
 
     def __init__(self, num: int, size: int, held_out: bool = False, threads: int = 1) -> None:
         self.layers = _layers(size, threads)
-        bodies, _, eyes, mouths, accessories = LAYERS
-        looks = draws.order(0, 0, bodies * len(FURS) * eyes * accessories).numpy()
-        kept = len(looks) // HELD_OUT
-        looks = looks[:kept] if held_out else looks[kept:]
-        order = draws.order(0, 1, len(looks) * mouths).numpy()
-        body, fur, eye, accessory = np.unravel_index(looks[order // mouths], (bodies, len(FURS), eyes, accessories))
-        self.cats = np.stack([body, np.array(FURS)[fur], eye, order % mouths, accessory], axis=1)
-
+        self.cats = combinations(held_out)
         seen: set[bytes] = set()
         chosen: list[int] = []
         for start in range(0, len(self.cats), CHUNK):
@@ -65,6 +58,17 @@ class Cats:
     def labels(self, start: int, stop: int) -> list[int]:
         """Their colours."""
         return self.cats[start:stop, 0].tolist()
+
+
+def combinations(held_out: bool) -> NDArray[np.int64]:
+    """Every cat of one side of the split, shuffled: body, fur, eyes, mouth, accessory, [num, 5]."""
+    bodies, _, eyes, mouths, accessories = LAYERS
+    looks = draws.order(0, 0, bodies * len(FURS) * eyes * accessories).numpy()
+    kept = len(looks) // HELD_OUT
+    looks = looks[:kept] if held_out else looks[kept:]
+    order = draws.order(0, 1, len(looks) * mouths).numpy()
+    body, fur, eye, accessory = np.unravel_index(looks[order // mouths], (bodies, len(FURS), eyes, accessories))
+    return np.stack([body, np.array(FURS)[fur], eye, order % mouths, accessory], axis=1)
 
 
 def _layers(size: int, threads: int) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:

@@ -1,0 +1,360 @@
+"""Images by folder, parquet and dataset: decoded as Pillow and torchvision define, and no byte of them trusted."""
+
+import contextlib
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import transforms
+
+from fastdit import images
+from fastdit.config import DataConfig, UserError
+
+RNG = np.random.default_rng(0)
+NOISE = RNG.integers(0, 256, (24, 20, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    """What `datasets` caches stays in the test's folder, and it does not ask the hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def png(n: int = 0) -> bytes:
+    return encoded(Image.fromarray(np.roll(NOISE, n, axis=0)))
+
+
+def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+def header(width: int, height: int, bits: int = 8, colour: int = 2) -> tuple[bytes, bytes]:
+    return b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+
+
+# --- decoding ---
+
+
+def test_modes_become_rgb_by_their_definitions():
+    grey, alpha = NOISE[..., 0], NOISE[..., 1]
+    rgba = np.dstack([NOISE, alpha])
+    on_white = NOISE * (alpha[..., None] / 255) + 255 - alpha[..., None].astype(float)
+    grey16 = RNG.integers(0, 65536, grey.shape, dtype=np.uint16)
+    cases = {
+        "grey": (Image.fromarray(grey), np.dstack([grey] * 3), 0),
+        "bilevel": (Image.fromarray(grey > 127), np.dstack([(grey > 127) * 255] * 3), 0),
+        "alpha": (Image.fromarray(rgba), on_white, 1),
+        "16 bits": (Image.fromarray(grey16), np.dstack([grey16 / 257] * 3), 0.51),
+        "palette": ((palette := Image.fromarray(NOISE).quantize(16)), np.asarray(palette.convert("RGB")), 0),
+    }
+    for name, (image, truth, tolerance) in cases.items():
+        found = images.decode(encoded(image))
+        assert found.mode == "RGB", name
+        assert np.abs(np.asarray(found).astype(float) - truth).max() <= tolerance, name
+
+
+def test_a_transparent_palette_entry_is_white():
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 200, 0, 0])
+    image.putpixel((1, 1), 1)
+    found = np.asarray(images.decode(encoded(image, transparency=0)))
+    assert found[0, 0].tolist() == [255, 255, 255]
+    assert found[1, 1].tolist() == [200, 0, 0]
+
+
+def test_cmyk_is_converted():
+    image = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    assert np.abs(np.asarray(images.decode(encoded(image, "TIFF"))).astype(int) - [0, 255, 255]).max() == 0
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    """Against the eight rotations and reflections as the EXIF standard names them: where row 0 and column 0 are."""
+    pixels = NOISE
+    upright = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: pixels[::-1].transpose(1, 0, 2),
+        7: pixels[::-1, ::-1].transpose(1, 0, 2),
+        8: pixels.transpose(1, 0, 2)[::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(np.asarray(images.decode(encoded(Image.fromarray(pixels), exif=exif))), upright)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_exif_does_not_lose_the_picture():
+    data = encoded(Image.fromarray(NOISE), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + b"\xff" * 40)
+    assert images.decode(data).size == (20, 24)
+
+
+JPEG = encoded(Image.fromarray(NOISE), "JPEG")
+CORRUPT = {
+    "empty": b"",
+    "text": b"no picture at all" * 9,
+    "html saved as png": b"<!DOCTYPE html><html><body>404</body></html>",
+    "zeros": bytes(4096),
+    "png cut short": png()[:-400],
+    "png header alone": png()[:33],
+    "png with a wrong checksum": png()[:60] + b"\x00\x01\x02" + png()[63:],
+    "png of no width": png_of([header(0, 5), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]),
+    "png with broken data": png_of([header(8, 8), (b"IDAT", b"not zlib"), (b"IEND", b"")]),
+    "png bomb of 2.5 gigapixels": png_of([header(50_000, 50_000), (b"IDAT", zlib.compress(bytes(10_000))), (b"IEND", b"")]),
+    "png of 60 megapixels": png_of([header(60_000, 1_000), (b"IDAT", zlib.compress(bytes(10_000))), (b"IEND", b"")]),
+    "png whose text is a bomb": png_of([header(8, 8), (b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 27))), (b"IEND", b"")]),
+    "jpeg cut short": JPEG[: len(JPEG) // 2],
+    "jpeg without a frame": JPEG[:2] + JPEG[-2:],
+    "gif cut short": encoded(Image.fromarray(NOISE), "GIF")[:200],
+    "webp cut short": encoded(Image.fromarray(NOISE), "WEBP")[:60],
+    "bmp with a wild offset": (lambda b: b[:10] + b"\xff\xff\xff\x7f" + b[14:])(encoded(Image.fromarray(NOISE), "BMP")),
+    "tiff with a wild directory": b"II*\0\xf0\xff\xff\x7f" + bytes(100),
+    "tiff of floats": encoded(Image.fromarray(NOISE[..., 0].astype(np.float32)), "TIFF"),
+    "ppm of letters": b"P6 ten ten 255\n" + bytes(300),
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+}
+
+
+@pytest.mark.parametrize("kind", CORRUPT)
+def test_a_corrupt_image_is_a_reason_and_no_crash(kind):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the words are Pillow's)
+        images.decode(CORRUPT[kind])
+    assert str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "BytesIO" not in str(caught.value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([png(), JPEG]),
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=8),
+    st.integers(1, 2000),
+)
+def test_bytes_changed_at_random_decode_or_are_refused(data, changes, length):
+    broken = bytearray(data)
+    for at, value in changes:
+        broken[at % len(broken)] = value
+    with contextlib.suppress(ValueError):  # and nothing else
+        assert images.decode(bytes(broken[:length])).mode == "RGB"
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 40), (24, 20), (7, 5)])
+def test_resize_is_the_recipes_transform(size):
+    image = Image.fromarray(RNG.integers(0, 256, (61, 47, 3), dtype=np.uint8))
+    np.testing.assert_array_equal(images.resize(image, size), np.asarray(transforms.Resize(size)(image)))
+
+
+# --- folders ---
+
+
+def write(root: Path, files: dict[str, bytes]) -> DataConfig:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return DataConfig("folder", path=str(root), image_size=(24, 20))
+
+
+def read(source: images.ImageSource) -> list[images.Example]:
+    return list(source.read(0, source.length))
+
+
+def test_class_folders_become_labels_in_sorted_order(tmp_path):
+    files = {f"{kind}/{deep}{n}.png": png(n) for kind in ("tabby", "black") for deep in ("", "more/") for n in range(3)}
+    source = images.open_images(write(tmp_path / "d", files | {"tabby/notes.txt": b"", "tabby/.hidden.png": b""}), threads=2)
+    assert source.class_names == ("black", "tabby")
+    found = read(source)
+    assert [e.name for e in found] == sorted(files)
+    assert [e.number for e in found] == list(range(12))
+    assert [e.label for e in found] == [0] * 6 + [1] * 6
+    for example in found:
+        np.testing.assert_array_equal(example.image, np.roll(NOISE, int(example.name[-5]), axis=0))
+    for start, stop in [(0, 5), (5, 6), (6, 99)]:  # any stretch alone is that stretch of the whole
+        assert [e.name for e in source.read(start, stop)] == sorted(files)[start:stop]
+
+
+def test_a_flat_folder_has_no_labels_and_num_images_takes_the_first(tmp_path):
+    data = write(tmp_path / "d", {f"{n}.png": png(n) for n in range(5)})
+    source = images.open_images(DataConfig("folder", path=data.path, image_size=(8, 8), num_images=3))
+    assert not source.labelled
+    assert [(e.name, e.label) for e in read(source)] == [("0.png", None), ("1.png", None), ("2.png", None)]
+    assert read(source)[0].image.shape == (8, 8, 3)
+
+
+def test_corrupt_files_are_named_with_their_reasons(tmp_path):
+    files = {f"{n:02d}.png": data for n, data in enumerate([*CORRUPT.values(), png()])}
+    found = read(images.open_images(write(tmp_path / "d", files), threads=2))
+    assert [e.image is None for e in found] == [True] * len(CORRUPT) + [False]
+    assert all(e.reason for e in found[:-1])
+
+
+def test_links_are_not_followed_out_of_the_folder(tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "s.png").write_bytes(png())
+    data = write(tmp_path / "d", {"a.png": png()})
+    (tmp_path / "d" / "out.png").symlink_to(tmp_path / "secret" / "s.png")
+    (tmp_path / "d" / "within.png").symlink_to(tmp_path / "d" / "a.png")
+    (tmp_path / "d" / "folder").symlink_to(tmp_path / "secret")
+    assert [(e.name, e.reason) for e in read(images.open_images(data))] == [
+        ("a.png", ""),
+        ("out.png", "a link out of the folder"),
+        ("within.png", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no such folder"),
+        ({"readme.txt": b"hello"}, "no image .* and no parquet file"),
+        ({"a.png": png(), "tabby/b.png": png()}, "beside class folders such as 'tabby'"),
+        ({"a.png": png(), "b.parquet": b""}, "both parquet files and images"),
+        ({"a.parquet": b"PAR1 is not enough"}, "--data.path"),
+    ],
+)
+def test_folders_that_cannot_work_are_one_line(tmp_path, files, message):
+    data = write(tmp_path / "d", files)
+    with pytest.raises(UserError, match=message) as caught:
+        images.open_images(data)
+    assert "\n" not in str(caught.value)
+
+
+# --- parquet and datasets ---
+
+
+def parquet(path: Path, rows: list[dict | None], labels: list[int | None] | None, **columns) -> None:
+    image = pa.array(rows, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    columns = {"image": image} | ({} if labels is None else {"label": pa.array(labels, pa.int64())}) | columns
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=3)
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    for shard in range(2):
+        rows = [{"bytes": png(5 * shard + n), "path": None} for n in range(5)]
+        parquet(tmp_path / "d" / f"{shard}.parquet", rows, [shard, 0, 3, 1, 2])
+    return tmp_path / "d"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("source", ["folder", "hub"])
+def test_parquet_by_folder_and_by_dataset(shards, source, streaming):
+    num = 10 if streaming else 0
+    data = DataConfig(source, path=str(shards), image_size=(24, 20), streaming=streaming, num_images=num)
+    opened = images.open_images(data, threads=2)
+    assert opened.labelled
+    for _ in range(2):  # going back to the start, a stream starts over
+        found = read(opened)
+        assert [e.label for e in found] == [0, 0, 3, 1, 2, 1, 0, 3, 1, 2]
+        for n, example in enumerate(found):
+            np.testing.assert_array_equal(example.image, np.roll(NOISE, n, axis=0))
+    later = list(opened.read(7, 9))  # a stretch that another rank reads
+    assert [(e.number, e.label) for e in later] == [(7, 3), (8, 1)]
+
+
+def test_a_stream_that_ends_early_ends(shards):
+    source = images.open_images(DataConfig("folder", path=str(shards), streaming=True, num_images=25))
+    assert len(read(source)) == 10
+    assert list(source.read(12, 20)) == []
+
+
+def test_a_stream_of_unstated_size_needs_num_images(shards):
+    with pytest.raises(UserError, match=r"does not state its size; give --data\.num_images"):
+        images.open_images(DataConfig("folder", path=str(shards), streaming=True))
+
+
+def test_class_labels_keep_their_names(tmp_path):
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["tabby", "black"])})
+    rows = {"picture": [{"bytes": png(n), "path": None} for n in range(3)], "kind": [1, 0, -1]}
+    (tmp_path / "d").mkdir()
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "d" / "train.parquet")
+    data = DataConfig("hub", path=str(tmp_path / "d"), image_column="picture", label_column="kind", image_size=(24, 20))
+    source = images.open_images(data)
+    assert source.class_names == ("tabby", "black")
+    assert [(e.label, e.reason) for e in read(source)] == [(1, ""), (0, ""), (None, "label -1 is not a class")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_rows_path_is_never_opened(tmp_path, streaming):
+    (tmp_path / "secret.png").write_bytes(png())
+    places = [str(tmp_path / "secret.png"), f"file://{tmp_path}/secret.png", "../secret.png", "http://127.0.0.1:9/x.png"]
+    places += [f"zip://secret.png::{tmp_path}/x.zip", f"hf://datasets/a/b@main/{tmp_path}", "/dev/zero"]
+    rows = [{"bytes": None, "path": place} for place in places]
+    rows += [None, {"bytes": b"", "path": places[0]}, {"bytes": png(), "path": places[0]}]
+    parquet(tmp_path / "d" / "x.parquet", rows, None)
+    found = read(images.open_images(DataConfig("folder", path=str(tmp_path / "d"), streaming=streaming, num_images=len(rows))))
+    assert [e.image is None for e in found] == [True] * (len(rows) - 1) + [False]
+    assert {e.reason for e in found[:-1]} == {"no image bytes in the row; files it names are not opened"}
+
+
+@pytest.mark.parametrize("kind", ["string", "float", "absent", "missing"])
+def test_columns_that_are_no_labels_leave_images_unlabelled(tmp_path, kind):
+    columns = {"string": {"label": ["a", "b"]}, "float": {"label": [0.5, 1.5]}, "absent": {}, "missing": {}}[kind]
+    parquet(
+        tmp_path / "d" / "x.parquet", [{"bytes": png(), "path": None}] * 2, [0, None] if kind == "missing" else None, **columns
+    )
+    found = read(images.open_images(DataConfig("folder", path=str(tmp_path / "d"))))
+    if kind == "missing":
+        assert [(e.label, e.reason) for e in found] == [(0, ""), (None, "label None is not a class")]
+    else:
+        assert [(e.label, e.reason) for e in found] == [(None, "")] * 2
+
+
+def test_a_dataset_with_code_of_its_own_is_refused_unrun(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "d.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match=r"--data\.path"):
+        images.open_images(DataConfig("hub", path=str(tmp_path / "d")))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_datasets_that_cannot_be_had_are_one_line(shards):
+    cases = {
+        "no such folder, and not loaded from the hub": DataConfig("hub", path="nobody/none"),
+        "has no column --data.image_column 'photo'; its columns: image, label": DataConfig(
+            "folder", path=str(shards), image_column="photo"
+        ),
+        '"validation"': DataConfig("hub", path=str(shards), split="validation"),
+        "has no held-out images": DataConfig("hub", path=str(shards)),
+    }
+    for message, data in cases.items():
+        with pytest.raises(UserError, match=message) as caught:
+            images.open_images(data, held_out="held-out" in message)
+        assert "\n" not in str(caught.value)
+
+
+def test_cats_are_a_source_like_any_other():
+    source = images.open_images(DataConfig(num_images=300))
+    whole = read(source)
+    assert len(whole) == source.length == 300
+    assert source.class_names[3] == "mauve"
+    assert json.dumps([e.label for e in whole])  # plain integers
+    for example, again in zip(source.read(127, 131), whole[127:131], strict=True):
+        assert (example.number, example.label) == (again.number, again.label)
+        np.testing.assert_array_equal(example.image, again.image)
+    held_out = read(images.open_images(DataConfig(num_images=200), held_out=True))
+    assert not {e.image.tobytes() for e in whole} & {e.image.tobytes() for e in held_out}
