@@ -1,0 +1,308 @@
+"""What a run reports: a progress bar or plain lines, metrics.jsonl, TensorBoard, Weights & Biases. The step never waits for it.
+
+Every figure is of the interval since the line before, training only: sampling and saving run inside paused().
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Column
+from torch import Tensor
+
+from fastdit.config import LogConfig
+from fastdit.gauges import Energy, memory_gib, peak_tflops
+from fastdit.trackers import Trackers, require_wandb
+
+
+class Meter:
+    """The figures of one run. Every rank makes one and calls add, due, report and paused; only rank 0's shows anything.
+
+    batch_images is the images of one optimizer step over all ranks, flops_per_image a training step's, forward and backward.
+    local_world is the ranks of this node, whose GPUs' energy is read. settings goes to Weights & Biases with the run.
+    Lines of metrics.jsonl beyond resumed_images are dropped: they will come again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        log: LogConfig,
+        *,
+        total_images: int,
+        batch_images: int,
+        flops_per_image: float,
+        device: torch.device | str,
+        rank: int = 0,
+        world: int = 1,
+        local_world: int | None = None,
+        resumed_images: int = 0,
+        settings: Mapping[str, Any] | None = None,
+        console: Console | None = None,
+    ):
+        require_wandb(log.wandb)
+        self.total_images, self.batch_images, self.flops_per_image = total_images, batch_images, flops_per_image
+        self.rank, self.world, self.device = rank, world, torch.device(device)
+        self.print_every = max(log.print_every or total_images // 200, 1)
+        self.window = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss · images, norm · images, images
+        self.seen = resumed_images  # at the last line
+        self.seconds = 0.0  # of training, over all runs of the folder, at the last line
+        self.paused_s = self.paused_j = 0.0  # since the last line
+        self.averaged_images, self.averaged_s = 0, 0.0  # over all lines but the first, which compiles
+        self.first = True
+        if rank:
+            return
+
+        self.console = console or Console()
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        self.peak = peak_tflops(name, log.peak_tflops)
+        local_gpus = min(torch.cuda.device_count(), local_world or world) if self.device.type == "cuda" else 0
+        self.local_share = local_gpus / world  # of the images that the GPUs whose energy is read have seen
+        self.energy = Energy(local_gpus)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        last = _keep_lines(self.path, resumed_images)
+        if last is not None:
+            self.seconds = last.get("seconds", 0.0)
+        self.trackers = Trackers(folder, log.wandb, resumed_images, settings or {})
+        self.bar: Progress | None = None
+        if self.console.is_terminal:
+            figures = TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=False))
+            self.bar = Progress(TaskProgressColumn(), BarColumn(bar_width=12), figures, console=self.console)
+            self.task = self.bar.add_task("", total=total_images, completed=resumed_images, figures="starting")
+            self.bar.start()
+        self._start_interval()
+
+    def add(self, loss: Tensor, grad_norm: Tensor, images: int) -> None:
+        """Count one optimizer step: its mean loss over this rank's `images`, and the norm. Both stay on the device.
+
+        A step that is not finite counts in no mean.
+        """
+        both = torch.stack([loss.detach().double(), grad_norm.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
+        self.window += torch.where(both.isfinite().all(), both * images, 0.0)
+        if not self.rank and self.bar is not None:
+            self.bar.advance(self.task, self.batch_images)
+
+    def due(self, images_seen: int) -> bool:
+        """Whether a line is due: after the first step, whenever print_every more images are seen, and at the end."""
+        before = images_seen - self.batch_images
+        crossed = images_seen // self.print_every > before // self.print_every
+        return crossed or before <= 0 or images_seen >= self.total_images
+
+    def report(self, images_seen: int, *, lr: float, data_wait_s: float = 0.0, skipped: int = 0) -> dict[str, Any] | None:
+        """Write the line of the interval that ends here, and return it to rank 0. Every rank calls it: it averages over them.
+
+        data_wait_s is rank 0's wait for data in this interval, skipped the steps skipped in the whole run.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.window)
+        loss, grad_norm, counted = self.window.tolist()  # the interval's one wait for the device
+        self.window.zero_()
+        images, self.seen = images_seen - self.seen, images_seen
+        if self.rank:
+            return None
+
+        seconds = perf_counter() - self.started - self.paused_s
+        joules = self.energy.joules()
+        if joules is not None:
+            joules -= self.started_j + self.paused_j
+        rate = images / seconds
+        self.seconds += seconds
+        if not self.first:
+            self.averaged_images += images
+            self.averaged_s += seconds
+        self.first = False
+        line = {
+            "images": images_seen,
+            "step": images_seen // self.batch_images,
+            "loss": loss / counted if counted else None,
+            "grad_norm": grad_norm / counted if counted else None,
+            "lr": lr,
+            "img_per_s": rate,
+            "ms_per_step": 1000 * seconds * self.batch_images / images,
+            "data_wait_ms": 1000 * data_wait_s * self.batch_images / images,
+            "data_wait_share": data_wait_s / seconds,
+            "mfu": self.flops_per_image * rate / (self.world * self.peak * 1e12) if self.peak else None,
+            "memory_gib": memory_gib(self.device),
+            "watts": None if joules is None else joules / seconds,  # of this node's GPUs together
+            "j_per_img": None if joules is None else joules / (images * self.local_share),
+            "skipped": skipped,
+            "seconds": self.seconds,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._show(line)
+        self._start_interval()
+        return line
+
+    def eta(self) -> float:
+        """Seconds of training left at the average pace so far, the first interval left out where there is another."""
+        rate = self.averaged_images / self.averaged_s if self.averaged_s else self.pace
+        return max(self.total_images - self.seen, 0) / rate
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Sampling, saving: neither its time nor its energy counts."""
+        if self.rank:
+            yield
+            return
+        self._synchronize()
+        start, start_j = perf_counter(), self.energy.joules()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self.paused_s += perf_counter() - start
+            end_j = self.energy.joules()
+            if start_j is not None and end_j is not None:
+                self.paused_j += end_j - start_j
+
+    def say(self, text: str) -> None:
+        """Print a line of the run's story, above the bar where there is one."""
+        if not self.rank:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def image(self, images_seen: int, path: Path) -> None:
+        """Show an image file, a grid of samples, in TensorBoard and Weights & Biases."""
+        if not self.rank:
+            self.trackers.image(images_seen, path)
+
+    def close(self) -> None:
+        if self.rank:
+            return
+        if self.bar is not None:
+            self.bar.stop()
+        self.trackers.close()
+
+    def _start_interval(self) -> None:
+        self.started, self.started_j = perf_counter(), self.energy.joules() or 0.0
+        self.paused_s = self.paused_j = 0.0
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _show(self, line: dict[str, Any]) -> None:
+        self.pace = line["img_per_s"]
+        figures = _figures(line, self.total_images, self.eta())
+        if self.bar is not None:
+            self.bar.update(self.task, completed=line["images"], figures=escape(figures))
+        else:
+            self.say(f"{100 * min(line['images'] / self.total_images, 1):5.1f} %  {figures}")
+        scalars = {k: v for k, v in line.items() if k not in ("images", "step", "time") and v is not None}
+        self.trackers.scalars(line["images"], scalars)
+
+
+def summary(
+    *,
+    recipe: str,
+    folder: Path,
+    devices: str,
+    parameters: int,
+    flops_per_image: float,
+    batch: int,
+    world: int,
+    grad_accum: int,
+    total_images: int,
+    dataset: str,
+    kernels: str,
+    attention: str,
+    precision: str,
+    peak: float | None,
+    resumed_images: int = 0,
+    console: Console | None = None,
+) -> None:
+    """Print what is about to run, for rank 0 to call once: a panel, or plain lines where the output is no terminal.
+
+    batch counts images per rank and micro-step; flops_per_image is a training step's; peak as peak_tflops() gives it.
+    """
+    global_batch = batch * world * grad_accum
+    facts = {
+        "run": f"{recipe} in {folder}" + (f", resumed at {resumed_images:,} images" if resumed_images else ""),
+        "device": devices,
+        "data": dataset,
+        "model": f"{_count(parameters)} parameters, {flops_per_image / 1e9:.4g} GFLOP per training image",
+        "batch": f"{batch} per rank × {_plural(world, 'rank')} × {_plural(grad_accum, 'micro-step')} = {global_batch:,} images",
+        "length": f"{total_images:,} images = {_plural(-(-total_images // global_batch), 'step')}",
+        "numbers": f"{precision}, {kernels} kernels, {attention} attention",
+        "MFU": f"of {peak:g} TFLOP/s per device" if peak else "not shown: unknown peak; --log.peak_tflops gives it",
+    }
+    text = "\n".join(f"{name:<8}{value}" for name, value in facts.items())
+    console = console or Console()
+    if console.is_terminal:
+        console.print(Panel(escape(text), title="fastdit", title_align="left", expand=False), highlight=False)
+    else:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _figures(line: Mapping[str, Any], total_images: int, eta: float) -> str:
+    """The line of metrics.jsonl as a person reads it; what is not known is left out."""
+    figures = [f"{line['images']:,}/{total_images:,} images"]
+    for name, show in {
+        "loss": lambda x: f"loss {x:.4f}",
+        "grad_norm": lambda x: f"grad {_number(x)}",
+        "img_per_s": lambda x: f"{_number(x)} img/s",
+        "mfu": lambda x: f"MFU {x:.1%}",
+        "memory_gib": lambda x: f"{x:.2f} GiB",
+        "watts": lambda x: f"{x:,.0f} W",
+        "j_per_img": lambda x: f"{_number(x)} J/img",
+    }.items():
+        if line[name] is not None:
+            figures.append(show(line[name]))
+    if line["data_wait_share"] >= 0.005:
+        figures.append(f"data wait {line['data_wait_share']:.0%}")
+    if line["skipped"]:
+        figures.append(f"{_plural(line['skipped'], 'step')} skipped")
+    return "  ".join([*figures, f"ETA {_duration(eta)}"])
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M" if number >= 1e6 else f"{number:,}"
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _keep_lines(path: Path, images: int) -> dict[str, Any] | None:
+    """Drop the lines beyond `images` and a torn one, all at once or not at all. Returns the last line kept, if any."""
+    if not path.exists():
+        return None
+    kept, last = [], None
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            if line["images"] > images:
+                break
+        except (ValueError, KeyError, TypeError):  # a kill tore it, and whatever follows a torn line is no better
+            break
+        kept.append(text + "\n")
+        last = line
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return last
