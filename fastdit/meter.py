@@ -249,6 +249,8 @@ def summary(
 def _figures(line: Mapping[str, Any], total_images: int, eta: float) -> str:
     """The line of metrics.jsonl as a person reads it; what is not known is left out."""
     figures = [f"{line['images']:,}/{total_images:,} images"]
+    if line["loss"] is None:
+        figures.append("loss not finite")
     for name, show in {
         "loss": lambda x: f"loss {x:.4f}",
         "grad_norm": lambda x: f"grad {_number(x)}",

@@ -107,7 +107,7 @@ def test_what_is_not_known_is_not_printed(tmp_path, clock):
 
 
 def test_the_interval_is_weighted_by_images_and_leaves_out_steps_that_are_not_finite(tmp_path, clock):
-    m, _ = make(tmp_path)
+    m, out = make(tmp_path)
     m.add(scalar(1), scalar(10), 30)
     m.add(scalar(float("nan")), scalar(1), 100)
     m.add(scalar(2), scalar(float("inf")), 100)
@@ -120,6 +120,7 @@ def test_the_interval_is_weighted_by_images_and_leaves_out_steps_that_are_not_fi
     clock.now += 1
     assert m.report(500, lr=1.0)["loss"] is None
     assert lines(tmp_path)[1]["loss"] is None
+    assert "loss not finite" in out.getvalue()
 
 
 def test_when_a_line_is_due(tmp_path):
