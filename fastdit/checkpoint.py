@@ -1,0 +1,324 @@
+"""Checkpoints that are complete or absent, written while training goes on, and read only after every byte has been verified.
+
+    checkpoints/000000012800/           images seen
+        shards/00000-of-00002.safetensors   what rank 0 of 2 held: a shard of every tensor, in torch's DCP layout
+        ema.safetensors                     the averaged weights, whole, for sampling
+        checkpoint.json                     images seen, world size, sizes, and the caller's state
+        SHA256SUMS                          written last
+
+It is written as 000000012800.tmp, and renamed once the disk has confirmed all of it. torch.distributed.checkpoint says which
+part of a tensor a rank holds, and reads the shards back onto any number of ranks; no file holds a pickle.
+"""
+
+import json
+import os
+import re
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
+
+from fastdit.config import UserError
+from fastdit.manifest import SUMS, Written, read_file, read_sums, sync_folder, verify, write_file, write_sums
+from fastdit.weights import Piece, contents, fit, owned, write_safetensors, write_shard
+
+T = TypeVar("T")
+FORMAT = 1
+ABOUT, WEIGHTS, SHARDS = "checkpoint.json", "ema.safetensors", "shards"
+FILES = r"checkpoint\.json|ema\.safetensors|shards/[0-9]{5}-of-[0-9]{5}\.safetensors"
+LIMIT = 16 << 20  # bytes of checkpoint.json; a real one has thousands
+FOLDER, LEFTOVER = re.compile(r"[0-9]{12}"), re.compile(r"[0-9]{12}(\.old)?\.tmp")
+
+
+class Checkpoints:
+    """The checkpoints of a run. Every rank makes one and calls its methods alike; all succeed or raise the same error."""
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        fingerprint: str = "",
+        group: dist.ProcessGroup | None = None,
+        timeout: timedelta = timedelta(minutes=10),
+        say: Callable[[str], None] = print,
+    ):
+        """Touches nothing on the disk.
+
+        Args:
+            keep: newest checkpoints to keep.
+            fingerprint: of whatever must not change between saving and loading; a checkpoint with another one is refused.
+            group: a gloo group that nothing else uses, since a background thread does; None makes one.
+            timeout: how long a rank waits for the others, for the group that is made.
+            say: called on rank 0 with a line for the user, when a damaged checkpoint is passed over.
+        """
+        self.folder, self.keep, self.fingerprint, self.say = Path(folder), keep, fingerprint, say
+        self.group: Any = group
+        if group is None and dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
+        self.rank, self.world = (dist.get_rank(self.group), dist.get_world_size(self.group)) if self.group else (0, 1)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._buffers: dict[str, Tensor] = {}  # on the host, kept from save to save
+        self._damaged: set[str] = set()
+        self._verified: str | None = None
+        self._tidied = False
+
+    # --- saving ---
+
+    def save(
+        self,
+        images_seen: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Copy the tensors to the host, return, and write them in the background. `wait` for the previous save comes first.
+
+        When it returns, the tensors may change. A checkpoint of the same images that is already there and sound is left alone.
+
+        Args:
+            tensors: the same names on every rank, each of one dimension or more; a DTensor is saved by the ranks that hold it,
+                a plain tensor by rank 0.
+            state: what JSON carries; rank 0's is saved.
+            weights: rank 0's become ema.safetensors; CPU tensors that nobody changes afterwards.
+        """
+        self.wait()
+        about = {"format": FORMAT, "images_seen": images_seen, "world_size": self.world, "fingerprint": self.fingerprint}
+        about["state"] = json.loads(json.dumps(state, allow_nan=False))
+        name = f"{images_seen:012d}"
+        if not FOLDER.fullmatch(name):
+            raise ValueError(f"{images_seen} is not a number of images seen")
+        pieces, self._verified = self._stage(tensors), None
+        self._thread = threading.Thread(target=self._write_or_keep_error, args=(name, pieces, about, dict(weights or {})))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the last save is on the disk. Raises UserError, on every rank, if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _stage(self, tensors: Mapping[str, Tensor]) -> list[Piece]:
+        pieces, pinned = [], torch.cuda.is_available()
+        for name, offset, shard in owned(tensors, self.rank):
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != shard.shape or buffer.dtype != shard.dtype:
+                buffer = self._buffers[name] = torch.empty(shard.shape, dtype=shard.dtype, pin_memory=pinned)
+            buffer.copy_(shard, non_blocking=pinned)
+            pieces.append(Piece(name, offset, buffer))
+        if pinned:
+            torch.cuda.current_stream().synchronize()
+        return pieces
+
+    def _write_or_keep_error(self, name: str, pieces: list[Piece], about: dict, weights: dict[str, Tensor]) -> None:
+        try:
+            self._write(name, pieces, about, weights)
+        except BaseException as error:  # raised by the next `wait`, in the thread that can act on it
+            self._error = error
+
+    def _write(self, name: str, pieces: list[Piece], about: dict, weights: dict[str, Tensor]) -> None:
+        aside, final = self.folder / f"{name}.tmp", self.folder / name
+
+        def begin() -> bool:
+            """Whether there is something to write."""
+            if self.rank != 0:
+                return True
+            self._tidy()
+            if final.exists() and not _damage(final, 0, 1):
+                return False
+            (aside / SHARDS).mkdir(parents=True)
+            return True
+
+        def write() -> dict[str, Written]:
+            written = {}
+            if pieces:
+                shard = f"{SHARDS}/{self.rank:05d}-of-{self.world:05d}.safetensors"
+                written[shard] = write_shard(aside / shard, pieces)
+            if weights and self.rank == 0:
+                written[WEIGHTS] = write_safetensors(aside / WEIGHTS, weights, {"format": "pt"})
+            return written
+
+        def finish(files: dict[str, Written]) -> None:
+            if self.rank != 0:
+                return
+            about["files"] = {n: f.size for n, f in files.items()}
+            files[ABOUT] = write_file(aside / ABOUT, [json.dumps(about, indent=1).encode()])
+            sync_folder(aside / SHARDS)
+            write_sums(aside, {n: f.sha256 for n, f in files.items()})
+            self._remove(final)  # not there, or damaged
+            os.rename(aside, final)
+            sync_folder(self.folder)
+            self._damaged.discard(name)
+            try:
+                self._retain(name)
+            except OSError as error:  # the new checkpoint is safe all the same
+                self.say(f"an old checkpoint was not removed: {error}")
+
+        try:
+            if all(self._together(begin, name)):
+                files = {n: f for part in self._together(write, name) for n, f in part.items()}
+                self._together(lambda: finish(files), name)
+        except BaseException:
+            if self.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)  # on a full disk it is in the way
+            raise
+
+    def _together(self, step: Callable[[], T], name: str) -> list[T]:
+        """Run a step of a save on every rank. Returns each rank's value; raises the same UserError on all if one failed."""
+        for rank, (_, problem) in enumerate(found := self._gather(step)):
+            if problem:
+                raise UserError(f"checkpoint {name} was not saved: rank {rank}: {problem}; earlier ones are untouched")
+        return [value for value, _ in found]
+
+    def _gather(self, step: Callable[[], T]) -> list[tuple[T, str]]:
+        """(value, "") or (None, problem) of every rank."""
+        mine: tuple[Any, str]
+        try:
+            mine = (step(), "")
+        except OSError as error:
+            mine = (None, f"{error.strerror or error} ({error.filename or self.folder})")
+        except ValueError as error:
+            mine = (None, str(error))
+        except Exception as error:  # the other ranks wait for an answer, whatever it is
+            mine = (None, f"{type(error).__name__}: {error}")
+        every: list[Any] = [mine]
+        if self.group is not None:
+            every = [None] * self.world
+            dist.all_gather_object(every, mine, group=self.group)
+        return every
+
+    def _tidy(self) -> None:
+        """Remove what a killed save left. Only the first save does: another process may read this folder meanwhile."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._tidied:
+            for entry in list(os.scandir(self.folder)):
+                if LEFTOVER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+        self._tidied = True
+
+    def _remove(self, final: Path) -> None:
+        """Remove a checkpoint so that, killed half-way, it is gone rather than damaged."""
+        if os.path.lexists(final):
+            doomed = final.with_name(f"{final.name}.old.tmp")
+            os.rename(final, doomed)
+            shutil.rmtree(doomed)
+
+    def _retain(self, newest: str) -> None:
+        """Remove all but the last `keep`. What is incomplete, known to be damaged, or later neither counts nor goes."""
+        names = [n for n in self._names() if n <= newest and n not in self._damaged and (self.folder / n / SUMS).is_file()]
+        for name in names[: -self.keep]:
+            self._remove(self.folder / name)
+
+    # --- loading ---
+
+    def _names(self) -> list[str]:
+        """Folders named as checkpoints are, oldest first; links do not count."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(e.name for e in os.scandir(self.folder) if FOLDER.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
+
+    def latest(self) -> int | None:
+        """Images seen of the newest checkpoint that is sound in every byte; None if there are none at all.
+
+        The ranks share the reading. One that is damaged is passed over with a line to the user. Raises UserError if all are.
+        """
+        self.wait()
+        [(names, problem), *_] = self._gather(self._names)
+        if problem:
+            raise UserError(f"cannot read {self.folder}: {problem}")
+        problems = []
+        for name in reversed(names):
+            found = self._gather(lambda name=name: _damage(self.folder / name, self.rank, self.world))  # type: ignore[misc]
+            said = next((text for damage, problem in found if (text := damage or problem)), "")
+            if not said:
+                self._verified = name
+                return int(name)
+            problems.append(f"checkpoint {name} is passed over: {said}")
+            self._damaged.add(name)
+            if self.rank == 0:
+                self.say(problems[-1])
+        if problems:
+            raise UserError(f"no checkpoint in {self.folder} is usable; {problems[0]}; move the folder away to start anew")
+        return None
+
+    def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Fill the tensors in place from the newest sound checkpoint, whatever number of ranks wrote it. Returns its state.
+
+        Raises UserError, before any tensor changes, if there is none or it does not fit.
+        """
+        if self._verified is None and self.latest() is None:
+            raise UserError(f"there is no checkpoint in {self.folder}")
+        assert self._verified is not None
+        folder, self._verified = self.folder / self._verified, None
+
+        def check() -> dict[str, Any]:
+            about = _about(folder, read_sums(folder, FILES))
+            if about["fingerprint"] != self.fingerprint:
+                raise ValueError(f"it was saved under another configuration ({about['fingerprint']}, here {self.fingerprint})")
+            fit(contents(folder / SHARDS), tensors)
+            return about["state"]
+
+        found = self._gather(check)
+        for _, problem in found:
+            if problem:
+                raise UserError(f"checkpoint {folder.name} cannot be resumed: {problem}")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                reader = HuggingFaceStorageReader(str(folder / SHARDS))
+                dcp.load(dict(tensors), storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        except CheckpointException as error:  # a BaseException
+            first = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+            raise UserError(f"checkpoint {folder.name} cannot be read: {first}") from None
+        return found[0][0]
+
+
+def _damage(folder: Path, rank: int, world: int) -> str:
+    """What is wrong with a checkpoint's bytes; "" where nothing is. Each rank hashes its share of the files."""
+    try:
+        sums = read_sums(folder, FILES)
+        about = _about(folder, sums)
+        if set(about["files"]) | {ABOUT} != set(sums):
+            raise ValueError(f"{ABOUT} and {SUMS} list different files")
+        for name, size in about["files"].items():
+            found = os.lstat(folder / name).st_size
+            if found != size:
+                raise ValueError(f"{name} has {found} of {size} bytes")
+        verify(folder, sums, sorted(about["files"])[rank::world])
+    except OSError as error:
+        return f"{error.strerror or error} ({error.filename})"
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _about(folder: Path, sums: Mapping[str, str]) -> dict[str, Any]:
+    """checkpoint.json, verified. Raises ValueError or OSError."""
+    if ABOUT not in sums:
+        raise ValueError(f"{SUMS} does not list {ABOUT}")
+    verify(folder, sums, [ABOUT])
+    try:
+        about = json.loads(read_file(folder / ABOUT, LIMIT))
+    except RecursionError:
+        raise ValueError(f"{ABOUT} is nested too deeply") from None
+    kinds = {"format": int, "images_seen": int, "world_size": int, "fingerprint": str, "state": dict, "files": dict}
+    if not isinstance(about, dict) or {k: type(v) for k, v in about.items()} != kinds:
+        raise ValueError(f"{ABOUT} is not what this program writes")
+    if about["format"] != FORMAT:
+        raise ValueError(f"it is in format {about['format']}; this version of fastdit reads {FORMAT}")
+    if f"{about['images_seen']:012d}" != folder.name:
+        raise ValueError(f"the folder holds the checkpoint of {about['images_seen']} images")
+    return about

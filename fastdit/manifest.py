@@ -1,0 +1,135 @@
+"""Folders that prove they are whole: every file is hashed while it is written, and SHA256SUMS, written last, lists them all.
+
+`sha256sum -c SHA256SUMS` says by hand what `verify` says here.
+"""
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+SUMS = "SHA256SUMS"
+PIECE = 8 << 20  # bytes read or written at a time
+
+
+class Written(NamedTuple):
+    """A file on the disk: its bytes and their SHA-256."""
+
+    size: int
+    sha256: str
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> Written:
+    """Write a new file and have the disk confirm it. Raises OSError; never follows or overwrites what is there."""
+    digest, size = hashlib.sha256(), 0
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    try:
+        for piece in pieces:
+            whole = memoryview(piece)
+            for start in range(0, len(whole), PIECE):
+                part = whole[start : start + PIECE]
+                digest.update(part)
+                size += len(part)
+                while part:
+                    part = part[os.write(fd, part) :]
+        os.fsync(fd)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None  # a full disk does not say where
+    finally:
+        os.close(fd)
+    return Written(size, digest.hexdigest())
+
+
+def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write SHA256SUMS, {file name below folder: hash}, and have the disk confirm the folder's names. Raises OSError."""
+    write_file(folder / SUMS, [f"{sums[name]}  {name}\n".encode() for name in sorted(sums)])
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk confirm the names in a folder: a rename or a new file is only then safe from a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """A small regular file, not a link to one. Raises OSError, or ValueError if it is longer than `limit` bytes."""
+    fd = _open(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise ValueError(f"{path.name} has {size} bytes; at most {limit} are believable")
+        return b"".join(iter(lambda: os.read(fd, PIECE), b""))
+    finally:
+        os.close(fd)
+
+
+def read_sums(folder: Path, allowed: str) -> dict[str, str]:
+    """SHA256SUMS of a folder, {file name: hash}; any changed byte of it is noticed here or by `verify`.
+
+    Names must match the pattern `allowed`, so that none can lead elsewhere; below `folder` there must be no links, and in its
+    subfolders no files that are not listed. Raises ValueError or OSError.
+    """
+    if not stat.S_ISDIR(os.lstat(folder).st_mode):
+        raise ValueError(f"{folder} is not a folder")
+    found: dict[str, str] = {}
+    *lines, rest = read_file(folder / SUMS, 1 << 20).split(b"\n")
+    if rest:
+        raise ValueError(f"{SUMS} does not end with a line")
+    for line in lines:
+        match = re.fullmatch(rb"([0-9a-f]{64})  ([\x21-\x7e]+)", line)
+        name = match[2].decode() if match else ""
+        if match is None or not re.fullmatch(allowed, name) or name in found:
+            raise ValueError(f"{SUMS} has a line that does not belong there: {line[:200]!r}")
+        found[name] = match[1].decode()
+    for name in {os.path.dirname(name) for name in found} - {""}:
+        if not stat.S_ISDIR(os.lstat(folder / name).st_mode):
+            raise ValueError(f"{name} is not a folder")
+        for extra in {f"{name}/{e}" for e in os.listdir(folder / name)} - set(found):
+            raise ValueError(f"{extra} is not listed in {SUMS}")
+    for name in found:
+        if not os.path.lexists(folder / name):
+            raise ValueError(f"{name} is missing")
+        if not stat.S_ISREG(os.lstat(folder / name).st_mode):
+            raise ValueError(f"{name} is not a plain file")
+    return found
+
+
+def verify(folder: Path, sums: Mapping[str, str], names: Iterable[str]) -> None:
+    """Hash the named files. Raises ValueError naming the first whose bytes are not those that were written, or OSError."""
+    for name in names:
+        fd, digest, buffer = _open(folder / name), hashlib.sha256(), memoryview(bytearray(PIECE))
+        try:
+            while count := os.readv(fd, [buffer]):
+                digest.update(buffer[:count])
+        finally:
+            os.close(fd)
+        if digest.hexdigest() != sums[name]:
+            raise ValueError(f"{name} is damaged")
+
+
+def write_atomically(path: Path, write: Callable[[Path], Written]) -> None:
+    """Give `write` a name beside `path`, then rename: `path` is the old file or the whole new one. Raises OSError."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(aside)
+        os.rename(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _open(path: Path) -> int:
+    """A descriptor of a regular file. A link is refused, and O_NONBLOCK keeps a pipe from being waited for."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ValueError(f"{path.name} is not a plain file")
+    return fd
