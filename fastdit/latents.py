@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastdit import images, vae
 from fastdit.config import Config, DataConfig, UserError
-from fastdit.packs import FORMAT, Batch, Manifest, Pack, read_manifest, verify
+from fastdit.packs import FORMAT, Batch, Manifest, Pack, normalise, read_manifest, verify
 from fastdit.parallel import World
 
 __all__ = ["Batch", "Manifest", "Pack", "ensure", "open_pack", "read_manifest", "verify"]
@@ -230,7 +230,7 @@ def _rows(batch: list[images.Pixels], autoencoder: vae.VAE | None) -> Tensor:
     pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous()  # [B, 3, H, W]
     if autoencoder is None:
         return pixels
-    x = pixels.to(autoencoder.device).float() / 127.5 - 1
+    x = normalise(pixels.to(autoencoder.device))
     both = torch.stack([autoencoder.moments(x), autoencoder.moments(x.flip(-1))], dim=1)  # [B, 2, 2·C, h, w]
     if not both.isfinite().all():
         raise UserError("the VAE gives latents that are not finite; is it the right one?")

@@ -74,7 +74,7 @@ def read_manifest(path: Path) -> Manifest:
                 raise ValueError(f"{name} is {data[name]!r}")
         manifest = Manifest(**data)
         _check(manifest)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not the manifest of a pack ({str(error)[:200]}); delete {path} to encode anew") from None
     return manifest
 
@@ -137,6 +137,11 @@ class Batch(NamedTuple):
     y: Tensor | None  # int64 [count]; None where the dataset is unlabelled
 
 
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 0 … 255 → fp32 -1 … 1, each rounded once."""
+    return (2 * pixels.float() - 255) / 255
+
+
 def posterior(moments: Tensor, eps: Tensor, scale: float, shift: float) -> Tensor:
     """Scaled latents, fp32 [B, C, h, w], drawn from moments [B, 2·C, h, w] of any dtype by standard normal eps [B, C, h, w].
 
@@ -195,7 +200,7 @@ class Pack:
             eps = draws.normal(m.image_shape, self.seed, "posterior", first, count, self.device)
             x0 = posterior(rows, eps, m.scale, m.shift)
         else:
-            x0 = rows.float() / 127.5 - 1
+            x0 = normalise(rows)
             if self.hflip:
                 x0 = torch.where((pick % 2 == 1).view(-1, 1, 1, 1), x0.flip(-1), x0)
         return Batch(x0, None if self.labels is None else self.labels.index_select(0, pick // 2))
