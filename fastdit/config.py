@@ -227,10 +227,10 @@ def _nearest(word: str, valid: typing.Iterable[str], dashes: str = "") -> str:
     return f"; did you mean {dashes}{near[0]}?" if near else ""
 
 
-def exit_cleanly(main: Callable[[], None], rank: int = 0) -> None:
-    """Run a verb's main; a UserError becomes one line on stderr (rank 0's) and exit status 2, on every rank."""
+def exit_cleanly(main: Callable[[], int | None], rank: int = 0) -> None:
+    """Run a verb and exit with its status; a UserError becomes one line on stderr (rank 0's) and status 2, on every rank."""
     try:
-        main()
+        sys.exit(main())
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -4,9 +4,12 @@ Order matters: blocks recompute inside what is compiled, and are compiled before
 """
 
 import os
+import signal
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from fastdit.config import ParallelConfig, UserError
+
+T = TypeVar("T")
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -102,3 +107,67 @@ def communicate(model: nn.Module, last: bool) -> None:
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last)
     model.set_reshard_after_backward(last)
+
+
+# --- all ranks as one ---
+
+
+def gather(world: World, value: T) -> list[T]:
+    """The values of all ranks, on every rank. Small objects; never in the training step."""
+    gathered: list[Any] = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def every(world: World, function: Callable[[], T]) -> T:
+    """function() on every rank. Where it fails on one, by the user's doing or the disk's, all raise the same UserError."""
+    error = ""
+    try:
+        result = function()
+    except UserError as e:
+        error = str(e)
+    except OSError as e:
+        error = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)
+    if errors := [e for e in gather(world, error) if e]:
+        raise UserError(errors[0])
+    return result
+
+
+def first(world: World, function: Callable[[], T]) -> T:
+    """function() of rank 0, on every rank."""
+    result = every(world, lambda: function() if world.rank == 0 else None)
+    return gather(world, result)[0]  # type: ignore[return-value]
+
+
+class Stop:
+    """SIGTERM, SIGINT or SIGUSR1 to any rank stops all of them after the same step, without waiting in any step.
+
+    Each step starts a vote, a reduction of one number on the CPU, and reads the outcome of the step before's.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+
+    def __init__(self, world: World):
+        self.received = 0
+        self.vote = torch.zeros(1, dtype=torch.int32)
+        self.under_way: dist.Work | None = None
+        # A group of its own: its messages must not queue behind gradients.
+        self.group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def agreed(self) -> int:
+        """The signal to stop for, the same on all ranks, or 0. Call once a step."""
+        if self.group is None:
+            return self.received
+        if self.under_way is not None:
+            self.under_way.wait()
+            if outcome := int(self.vote):
+                return outcome
+        self.vote.fill_(self.received)
+        self.under_way = dist.all_reduce(self.vote, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return 0

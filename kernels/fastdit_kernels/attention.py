@@ -39,14 +39,14 @@ def choose_attention(backend: Backend, device: torch.device, dtype: torch.dtype,
     scaled_dot_product_attention. Raises ValueError for `flash` without flash-attn.
     """
     if backend == "sdpa":
-        return _sdpa
+        return sdpa
     fits = device.type == "cuda" and dtype in FLASH_DTYPES and head_dim <= FLASH_MAX_HEAD_DIM
     module = _flash_module(device) if backend == "flash" or fits else None
     if module is not None:
         return partial(_flash, module=module)
     if backend == "flash":
         raise ValueError("attention backend 'flash' needs the flash-attn package: pip install 'fastdit[flash]'")
-    return _sdpa
+    return sdpa
 
 
 def attention(qkv: QKV, backend: Backend = "auto") -> Tensor:
@@ -61,7 +61,8 @@ def attention(qkv: QKV, backend: Backend = "auto") -> Tensor:
     return choose_attention(backend, x.device, x.dtype, x.shape[-1])(qkv)
 
 
-def _sdpa(qkv: QKV) -> Tensor:
+def sdpa(qkv: QKV) -> Tensor:
+    """PyTorch's own attention: on a GPU it dispatches to the same algorithm as flash-attn."""
     q, k, v = (t.transpose(1, 2) for t in (qkv.unbind(2) if isinstance(qkv, Tensor) else qkv))  # [B, H, T, K]
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 

@@ -1,0 +1,151 @@
+"""Make pictures with a trained model, from a run folder or a safetensors file.
+
+Picture n of a seed is the same whatever the batch and the number of processes: torchrun --nproc-per-node N shares the work.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from fastdit_kernels.attention import choose_attention
+from fastdit_kernels.reference import REFERENCE
+from rich.console import Console
+from rich.progress import track
+
+from fastdit import config as configs
+from fastdit import parallel, pictures, vae
+from fastdit.config import Config, UserError
+from fastdit.model import DiT
+from fastdit.parallel import World
+from fastdit.weights import load_weights
+
+
+@dataclass(frozen=True)
+class Options:
+    source: Annotated[str, tyro.conf.Positional]  # run folder, one of its checkpoints, or a safetensors file of ours
+    num: int = 64  # pictures to make
+    first: int = 0  # number of the first; pictures are numbered per seed
+    seed: int = 0  # picture n of a seed is always the same
+    label: int = -1  # class of all pictures; -1: each class in turn
+    sampler: Literal["", "auto", "ddpm", "ddim", "dpm++", "euler"] = ""  # empty: as the run's config says
+    steps: int = 0  # network evaluations per picture; 0: as the run's config says
+    guidance: float = 0.0  # classifier-free guidance scale, 1 is off; 0: as the run's config says
+    batch: int = 64  # pictures made at once, per process
+    precision: Literal["bf16", "fp32"] = "bf16"  # of the network
+    vae: str = ""  # folder or hub id of the autoencoder; empty: as the run's config says
+    out: str = ""  # folder to write to; empty: pictures/ in the run folder, or beside the file
+    singles: bool = False  # write each picture as a PNG of its own, besides the grid
+
+
+def main() -> None:
+    """torchrun fastdit/sample.py RUN [--field VALUE …]"""
+    rank = int(os.environ.get("RANK", 0))
+    configs.exit_cleanly(lambda: sample(configs.parse_args(Options, sys.argv[1:], "fastdit/sample.py", __doc__ or "")), rank)
+
+
+def sample(options: Options) -> None:
+    """Load, make this process's share, gather, write."""
+    for name in ("num", "batch"):
+        if getattr(options, name) <= 0:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be positive")
+    for name in ("first", "steps", "guidance"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must not be negative")
+    weights, config = locate(Path(options.source))
+    chosen = {"sampler": options.sampler, "steps": options.steps, "guidance": options.guidance}
+    config = configs.replace(
+        config,
+        sample={name: value for name, value in chosen.items() if value},
+        data={"vae": options.vae} if options.vae else {},
+        parallel={"precision": options.precision},
+    )
+    configs.validate(config)
+    if options.label >= max(config.model.num_classes, 1):
+        raise UserError(f"--label is {options.label}; the model has classes 0 … {config.model.num_classes - 1}")
+
+    world = parallel.init(config.parallel)
+    model = parallel.every(world, lambda: load(weights, config, world))
+    autoencoder = parallel.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
+    share = -(-options.num // world.size)
+    mine = range(options.first + world.rank * share, options.first + min((world.rank + 1) * share, options.num))
+    starts = range(mine.start, mine.stop, options.batch)
+    console = Console(quiet=world.rank > 0)
+    parts = [
+        pictures.make(
+            model,
+            config,
+            autoencoder,
+            world,
+            first=start,
+            count=min(options.batch, mine.stop - start),
+            seed=options.seed,
+            label=options.label,
+        )
+        for start in track(starts, "sampling", console=console, disable=not console.is_terminal)
+    ]
+    images = torch.cat([part for parts in parallel.gather(world, parts) for part in parts])
+    out = parallel.first(world, lambda: write(images, Path(options.out) if options.out else folder(weights), config, options))
+    parallel.shutdown()
+    console.print(f"{len(images)} pictures of {weights}: {out}", highlight=False, soft_wrap=True)
+
+
+def locate(source: Path) -> tuple[Path, Config]:
+    """The weights file that `source` means, and the config of the run that made it. Raises UserError."""
+    if not source.exists():
+        raise UserError(f"{source} does not exist; name a run folder or a safetensors file")
+    weights = source
+    if source.is_dir():
+        found = sorted([*source.glob("ema.safetensors"), *source.glob("checkpoints/[0-9]*[0-9]/ema.safetensors")])
+        if not found:
+            raise UserError(f"{source} holds no checkpoint yet")
+        weights = found[-1]
+    # weights → checkpoint → checkpoints → run folder
+    for place in list(weights.resolve().parents)[:3]:
+        if (place / "config.json").is_file():
+            return weights, configs.load(place / "config.json")
+    raise UserError(f"{weights}: there is no config.json beside it that says what model it holds")
+
+
+def load(weights: Path, config: Config, world: World) -> DiT:
+    """The model on its weights, whole, in the precision it computes in."""
+    head_dim = config.model.width // config.model.num_heads
+    dtype = parallel.DTYPES[config.parallel.precision]
+    tensors, _ = load_weights(weights)
+    with torch.device("meta"):
+        model = DiT(config.model, REFERENCE._replace(attention=choose_attention("auto", world.device, dtype, head_dim)))
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    for name in expected.keys() | tensors.keys():
+        if name not in tensors or name not in expected or tensors[name].shape != expected[name]:
+            here = tuple(tensors[name].shape) if name in tensors else "missing"
+            there = tuple(expected[name]) if name in expected else "unknown"
+            raise UserError(f"{weights} does not fit its config: {name} is {here} in the file, {there} in the model")
+    model.load_state_dict({name: t.to(world.device, dtype) for name, t in tensors.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def folder(weights: Path) -> Path:
+    """Where pictures go by default: the run folder of a checkpoint, or the folder of a lone file."""
+    parents = weights.parents
+    return (parents[2] if weights.name == "ema.safetensors" and parents[1].name == "checkpoints" else parents[0]) / "pictures"
+
+
+def write(images: torch.Tensor, out: Path, config: Config, options: Options) -> Path:
+    """The grid, and each picture where asked for, under names that say how they were made. Returns the grid's path."""
+    how = f"seed{options.seed}-{config.sample.sampler}-{config.sample.steps}steps"
+    how += f"-guidance{config.sample.guidance:g}" if config.sample.guidance != 1 else ""
+    how += f"-class{options.label}" if options.label >= 0 else ""
+    last = options.first + len(images) - 1
+    grid = out / f"{how}-{options.first}to{last}.png"
+    pictures.save_grid(images, grid)
+    if options.singles:
+        for number, image in enumerate(images, options.first):
+            pictures.save_png(image, out / how / f"{number:06d}.png")
+    return grid
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Train a Diffusion Transformer, or go on where a run of the same name was stopped.
+
+`step` is the training step; `train` is what surrounds it, in the order it happens. All progress is counted in images seen.
+"""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import torch
+from fastdit_kernels import Ops
+from fastdit_kernels.attention import choose_attention, sdpa
+from fastdit_kernels.reference import REFERENCE
+from torch import Tensor
+
+from fastdit import config as configs
+from fastdit import latents, parallel, pictures, vae
+from fastdit.checkpoint import Checkpoints
+from fastdit.config import Config, UserError
+from fastdit.diffusion import Objective
+from fastdit.gauges import peak_tflops
+from fastdit.meter import Meter, summary
+from fastdit.model import DiT, train_flops_per_image
+from fastdit.optim import Optimizer, lr_at
+from fastdit.parallel import World
+
+
+def main() -> None:
+    """torchrun fastdit/train.py [RECIPE] [--group.field VALUE …]"""
+    rank = int(os.environ.get("RANK", 0))
+    description = (__doc__ or "").partition("\n")[0]
+    configs.exit_cleanly(lambda: train(configs.parse(sys.argv[1:], "torchrun fastdit/train.py", description)), rank)
+
+
+def step(
+    model: DiT,
+    objective: Objective,
+    optimizer: Optimizer,
+    pack: latents.Pack,
+    config: Config,
+    world: World,
+    images_seen: int,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step on the global batch that follows `images_seen`. Returns this rank's mean loss and the gradient norm.
+
+    Nothing here waits for the device: both results stay on it.
+    """
+    batch, accum = config.train.batch, config.train.grad_accum
+    mean_loss = torch.zeros((), device=world.device)
+    for micro in range(accum):
+        parallel.communicate(model, last=micro == accum - 1)
+        first = images_seen + (micro * world.size + world.rank) * batch  # this rank's images of the micro-step, by number
+        x0, y = pack.batch(first, batch)
+        loss = objective.loss(model, x0, y if config.model.num_classes else None, config.run.seed, first) / accum
+        loss.backward()
+        mean_loss += loss.detach()
+    return mean_loss, optimizer.step(images_seen)
+
+
+def train(config: Config) -> int:
+    """The whole run, from wherever it stands to its last image. Returns 0, or 128 + the signal that stopped it."""
+    world = parallel.init(config.parallel)
+    stop = parallel.Stop(world)
+    config, folder = parallel.first(world, lambda: open_run(config))
+    batch = config.train.batch * config.train.grad_accum * world.size
+
+    pack_folder = latents.ensure(config, world)
+    pack = latents.Pack(
+        pack_folder, world.device, config.run.seed, config.data.hflip, config.data.device_gib, config.train.batch * world.size
+    )
+    model = build(config, world)
+    optimizer = Optimizer(model, config.train, batch)
+    m = config.model
+    objective = Objective(
+        config.diffusion,
+        learn_sigma=m.learn_sigma,
+        class_dropout=m.class_dropout,
+        num_classes=m.num_classes,
+        device=world.device,
+    )
+
+    checkpoints = Checkpoints(folder / "checkpoints", config.log.keep)
+    images_seen = resume(checkpoints, optimizer, batch)
+    autoencoder = vae.load(config.data, world.device) if config.data.vae else None
+    meter = Meter(
+        folder,
+        config.log,
+        total_images=config.train.images,
+        batch_images=batch,
+        flops_per_image=train_flops_per_image(m),
+        device=world.device,
+        rank=world.rank,
+        world=world.size,
+        local_world=world.local_size,
+        resumed_images=images_seen,
+        settings=dataclasses.asdict(config),
+    )
+    describe(config, world, pack, model, images_seen, folder)
+
+    def sample() -> None:
+        with meter.paused(), optimizer.ema.applied(model):
+            path = draw_grid(model, config, autoencoder, world, folder / "samples" / f"{images_seen:09d}.png")
+        meter.image(images_seen, path)
+
+    def save() -> None:
+        with meter.paused():
+            state = {"images_seen": images_seen, "global_batch": batch}
+            checkpoints.save(images_seen, optimizer.tensors(), state, weights=optimizer.ema.full_tensors())
+
+    signalled, waited = 0, 0.0
+    while images_seen < config.train.images and not (signalled := stop.agreed()):
+        loss, grad_norm = step(model, objective, optimizer, pack, config, world, images_seen)
+        before, images_seen = images_seen, images_seen + batch
+        meter.add(loss, grad_norm, config.train.batch * config.train.grad_accum)
+        done = images_seen >= config.train.images
+        saving = done or crosses(before, images_seen, config.log.save_every or config.train.images // 10)
+        # A line ends at each save too, so that the lines of a resumed run are those of an uninterrupted one.
+        if saving or meter.due(images_seen):
+            skipped, in_a_row = map(int, optimizer.adamw.skips.tolist())  # waits for the device, as the line does
+            lr, data_wait_s, waited = lr_at(images_seen, config.train), pack.waited_s - waited, pack.waited_s
+            meter.report(images_seen, lr=lr, data_wait_s=data_wait_s, skipped=skipped)
+            if in_a_row >= config.train.max_skips:
+                checkpoints.wait()
+                raise UserError(
+                    f"{in_a_row} steps in a row had a non-finite gradient, the last at {images_seen} images; "
+                    f"the newest checkpoint is kept, and a lower --train.lr may help"
+                )
+        if done or crosses(before, images_seen, config.log.sample_every or config.train.images // 10):
+            sample()
+        if saving:
+            save()
+    if signalled and images_seen:
+        save()
+    checkpoints.wait()
+    meter.close()
+    pack.close()
+    parallel.shutdown()
+    if world.rank == 0:
+        print(
+            f"stopped by signal {signalled} at" if signalled else "finished:", f"{images_seen:,} images, {folder}", flush=True
+        )
+    return 128 + signalled if signalled else 0
+
+
+def describe(config: Config, world: World, pack: latents.Pack, model: DiT, images_seen: int, folder: Path) -> None:
+    """What is about to run, once, before it does."""
+    if world.rank:
+        return
+    t, m, seen = config.train, config.model, pack.manifest
+    gpu = world.device.type == "cuda"
+    name = torch.cuda.get_device_name(world.device) if gpu else "CPU"
+    chosen = ops(config, world.device)
+    summary(
+        recipe=config.run.name,
+        folder=folder,
+        devices=f"{world.size} × {name}" + ("" if gpu else f" ({torch.get_num_threads()} threads each)"),
+        parameters=sum(p.numel() for p in model.parameters()),
+        flops_per_image=train_flops_per_image(m),
+        batch=t.batch,
+        world=world.size,
+        grad_accum=t.grad_accum,
+        total_images=t.images,
+        dataset=f"{seen.count:,} images, {seen.num_classes} classes, {'resident' if pack.resident else 'read ahead from disk'}",
+        kernels="PyTorch reference" if chosen.ln_modulate is REFERENCE.ln_modulate else "Triton",
+        attention="SDPA" if chosen.attention is sdpa else "flash-attn",
+        precision=config.parallel.precision + (", compiled" if parallel.compiles(config.parallel, world.device) else ""),
+        peak=peak_tflops(name, config.log.peak_tflops),
+        resumed_images=images_seen,
+    )
+
+
+def crosses(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of `every` images lies in (before, after]."""
+    return after // max(every, 1) > before // max(every, 1)
+
+
+# Settings a resumed run may change: where and how it runs, not what it computes. The batch may be split otherwise as long as
+# its product with the ranks stays; `resume` checks that.
+FREE: tuple[str, ...] = ("run.name", "run.folder", "run.fresh", "log.", "parallel.", "sample.", "kernels", "attention")
+FREE += ("data.packs", "data.device_gib", "data.max_bad", "train.batch", "train.grad_accum", "train.max_skips")
+
+
+def open_run(config: Config) -> tuple[Config, Path]:
+    """The run's folder, new or made before by the same config, and the config with its final name. Rank 0 alone calls this."""
+    root = Path(config.run.folder)
+    folder = root / config.run.name
+    number = 2
+    while config.run.fresh and folder.exists():
+        folder, number = root / f"{config.run.name}-{number}", number + 1
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a symbolic link; a run folder must be a folder of its own")
+    config = configs.replace(config, run={"name": folder.name, "fresh": False})
+    if (folder / "config.json").exists():
+        free = FREE if config.train.lr_decay == "cosine" else (*FREE, "train.images")  # a cosine ends at the last image
+        changed = [d for d in configs.differences(config, configs.load(folder / "config.json")) if not d.startswith(free)]
+        if changed:
+            raise UserError(
+                f"{folder} holds a run of another config ({'; '.join(changed)}); start anew with --run.name or --run.fresh"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no config.json; choose another --run.name")
+    folder.mkdir(parents=True, exist_ok=True)
+    configs.save(config, folder / "config.json")
+    return config, folder
+
+
+def resume(checkpoints: Checkpoints, optimizer: Optimizer, batch: int) -> int:
+    """Load the newest good checkpoint into the optimizer's tensors, if there is one. Returns the images seen."""
+    if checkpoints.latest() is None:
+        return 0
+    state = checkpoints.load(optimizer.tensors())
+    if state["global_batch"] != batch:
+        raise UserError(
+            f"the run has a global batch of {state['global_batch']} images, this command {batch}; "
+            f"adjust --train.batch or --train.grad_accum so that batch × grad_accum × ranks stays"
+        )
+    return state["images_seen"]
+
+
+def draw_grid(model: DiT, config: Config, autoencoder: vae.VAE | None, world: World, path: Path) -> Path:
+    """Each rank makes its share of --sample.num pictures, from the same noise each time; rank 0 writes them as one PNG."""
+    share = -(-config.sample.num // world.size)
+    images = pictures.make(model, config, autoencoder, world, first=world.rank * share, count=share, seed=config.run.seed)
+    shares = parallel.gather(world, images)
+    if world.rank == 0:
+        pictures.save_grid(torch.cat(shares)[: config.sample.num], path)
+    return path
+
+
+def build(config: Config, world: World) -> DiT:
+    """The model on its starting weights, compiled and sharded."""
+    with torch.device("meta"):
+        model = DiT(config.model, ops(config, world.device), recompute=config.parallel.checkpoint_activations)
+    parallel.shard(model, config.parallel, world)
+    model.init_weights(config.run.seed)
+    return model
+
+
+def ops(config: Config, device: torch.device) -> Ops:
+    """The kernels that --kernels and --attention choose for this device."""
+    head_dim = config.model.width // config.model.num_heads
+    try:
+        attention = choose_attention(config.attention, device, parallel.DTYPES[config.parallel.precision], head_dim)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if config.kernels == "reference" or (config.kernels == "auto" and device.type != "cuda"):
+        return REFERENCE._replace(attention=attention)
+    from fastdit_kernels.triton_ops import TRITON  # needs triton, which only Linux has
+
+    return TRITON._replace(attention=attention)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""The verbs together: train, kill, resume, spread over ranks, sample. Each run is a tiny one of the default recipe."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdit import config as C
+from fastdit import latents, parallel, train
+from fastdit.checkpoint import Checkpoints
+from fastdit.config import Config, UserError
+from fastdit.diffusion import Objective
+from fastdit.optim import Optimizer
+from fastdit.sample import Options, sample
+from fastdit.weights import load_weights
+
+ROOT = Path(__file__).parent.parent
+STEPS, BATCH = 6, 16
+
+
+def tiny(folder: Path, **groups) -> Config:
+    """Six steps of 16 images on a network of 30 thousand parameters; every step is printed, every second one saved."""
+    config = C.replace(
+        C.RECIPES["cats"],
+        run={"name": "tiny", "folder": str(folder / "runs")},
+        data={"num_images": 200, "packs": str(folder / "packs")},
+        model={"patch": 8, "depth": 2, "width": 32, "num_heads": 2},
+        sample={"num": 4, "steps": 2},
+        train={"images": STEPS * BATCH, "batch": BATCH, "warmup_images": 32},
+        log={"print_every": BATCH, "sample_every": 3 * BATCH, "save_every": 2 * BATCH},
+        parallel={"threads": 1},
+    )
+    return C.replace(config, **groups)
+
+
+def run(config: Config) -> int:
+    """One rank's whole run."""
+    return train.train(config)
+
+
+def run_killed(config: Config, after: int, number: int) -> int:
+    """A run that a signal reaches in its optimizer step number `after`, before anything of it is applied."""
+    before, calls = Optimizer.step, [0]
+
+    def step(self, images_seen):
+        calls[0] += 1
+        if calls[0] == after:
+            os.kill(os.getpid(), number)
+        return before(self, images_seen)
+
+    Optimizer.step = step
+    return train.train(config)
+
+
+def metrics(folder: Path, name: str = "tiny") -> list[dict]:
+    return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(folder: Path, name: str = "tiny") -> list[tuple]:
+    return [(line["images"], line["loss"], line["grad_norm"], line["lr"]) for line in metrics(folder, name)]
+
+
+def weights(folder: Path, images: int = STEPS * BATCH) -> dict[str, torch.Tensor]:
+    [path] = (folder / "runs" / "tiny" / "checkpoints").glob(f"*{images}/ema.safetensors")
+    return load_weights(path)[0]
+
+
+@pytest.fixture(scope="module")
+def whole(run_ranks, tmp_path_factory) -> Path:
+    """The uninterrupted run on one rank."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run_ranks(1, run, tiny(folder), init=False) == [0]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_fp32(run_ranks, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole_fp32")
+    assert run_ranks(1, run, tiny(folder, parallel={"precision": "fp32"}), init=False) == [0]
+    return folder
+
+
+def test_a_run_leaves_what_it_says(whole):
+    folder = whole / "runs" / "tiny"
+    assert C.load(folder / "config.json") == tiny(whole)
+    assert [line["images"] for line in metrics(whole)] == [BATCH * (i + 1) for i in range(STEPS)]
+    assert all(line["loss"] > 0 and line["img_per_s"] > 0 and line["mfu"] is None for line in metrics(whole))
+    assert [int(p.stem) for p in sorted((folder / "samples").glob("*.png"))] == [3 * BATCH, 6 * BATCH]
+    assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [2 * BATCH, 4 * BATCH, 6 * BATCH]
+
+
+def test_running_it_again_changes_nothing(whole, run_ranks):
+    before = curve(whole)
+    assert run_ranks(1, run, tiny(whole), init=False) == [0]
+    assert curve(whole) == before
+
+
+@pytest.mark.parametrize("after", [1, 3, 4, 6])
+def test_a_killed_run_resumes_bit_for_bit(whole, run_ranks, tmp_path, after):
+    [end] = run_ranks.outcomes(1, run_killed, tiny(tmp_path), after, signal.SIGKILL, init=False)
+    assert end.code == -signal.SIGKILL
+    assert run_ranks(1, run, tiny(tmp_path), init=False) == [0]
+    assert curve(tmp_path) == curve(whole)
+    ours, theirs = weights(tmp_path), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_to_one_rank_saves_and_stops_all(whole_fp32, run_ranks, tmp_path, number):
+    config = tiny(tmp_path, parallel={"precision": "fp32"}, train={"batch": BATCH // 2}, log={"save_every": 10**6})
+    codes = run_ranks(2, run_signalled_on_rank_1, config, 2, number, init=False)
+    assert codes == [128 + number] * 2
+    [saved] = (tmp_path / "runs" / "tiny" / "checkpoints").iterdir()
+    assert 0 < int(saved.name) < STEPS * BATCH
+    assert run_ranks(2, run, config, init=False) == [0, 0]
+    assert [line[0] for line in curve(tmp_path)] == [line[0] for line in curve(whole_fp32)]
+
+
+def run_signalled_on_rank_1(config: Config, after: int, number: int) -> int:
+    return run_killed(config, after, number) if os.environ["RANK"] == "1" else run(config)
+
+
+@pytest.mark.parametrize(("world", "accum"), [(2, 1), (1, 2), (2, 2), (4, 1)])
+def test_ranks_and_accumulation_do_not_change_the_curve(whole_fp32, run_ranks, tmp_path, world, accum):
+    config = tiny(
+        tmp_path,
+        parallel={"precision": "fp32"},
+        train={"batch": BATCH // world // accum, "grad_accum": accum},
+        sample={"num": 5},
+    )
+    assert run_ranks(world, run, config, init=False) == [0] * world
+    ours, theirs = (torch.tensor(curve(f), dtype=torch.float64) for f in (tmp_path, whole_fp32))
+    assert torch.equal(ours[:, 0], theirs[:, 0])
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)  # fp32, up to the order of the sums
+
+
+def test_two_ranks_in_bf16_follow_one_rank_to_bf16_rounding(whole, run_ranks, tmp_path):
+    assert run_ranks(2, run, tiny(tmp_path, train={"batch": BATCH // 2}), init=False) == [0, 0]
+    ours, theirs = (torch.tensor(curve(f), dtype=torch.float64) for f in (tmp_path, whole))
+    torch.testing.assert_close(ours[:, 1], theirs[:, 1], rtol=2**-8, atol=0)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(whole_fp32, run_ranks, tmp_path):
+    config = tiny(tmp_path, parallel={"precision": "fp32"}, train={"batch": BATCH // 2})
+    for outcome in run_ranks.outcomes(2, run_killed, config, 4, signal.SIGKILL, init=False):
+        assert outcome.code == -signal.SIGKILL
+    assert run_ranks(1, run, C.replace(config, train={"batch": BATCH}), init=False) == [0]
+    ours, theirs = (torch.tensor(curve(f), dtype=torch.float64) for f in (tmp_path, whole_fp32))
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)
+
+
+def said_by(run_ranks, config: Config, world: int = 1) -> str:
+    """The one line a run refuses with, the same on every rank."""
+    [line] = set(run_ranks(world, refused, config, init=False))
+    assert "\n" not in line
+    return line
+
+
+def refused(config: Config) -> str:
+    with pytest.raises(UserError) as error:
+        train.train(config)
+    return str(error.value)
+
+
+def test_a_run_of_another_config_is_refused_and_untouched(whole, run_ranks):
+    before = {p: p.read_bytes() for p in (whole / "runs").rglob("*") if p.is_file()}
+    said = said_by(run_ranks, tiny(whole, train={"lr": 0.5}), world=2)
+    assert "train.lr: 0.5 here, 0.001 there" in said
+    assert "--run.fresh" in said
+    said = said_by(run_ranks, tiny(whole, run={"seed": 3}))
+    assert "run.seed: 3 here, 0 there" in said
+    assert {p: p.read_bytes() for p in (whole / "runs").rglob("*") if p.is_file()} == before
+
+
+def test_another_global_batch_is_refused(whole, run_ranks):
+    said = said_by(run_ranks, tiny(whole), world=2)
+    assert "global batch of 16 images, this command 32" in said
+
+
+def test_fresh_starts_beside_the_old_run(whole, run_ranks):
+    assert run_ranks(1, run, tiny(whole, run={"fresh": True}), init=False) == [0]
+    assert curve(whole, "tiny-2") == curve(whole)
+
+
+def test_a_folder_that_is_no_run_is_refused(run_ranks, tmp_path):
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "thesis.tex").write_text("mine")
+    assert "holds no config.json" in said_by(run_ranks, tiny(tmp_path))
+
+
+def test_more_classes_than_the_model_has_are_refused(run_ranks, tmp_path):
+    assert "--model.num_classes is 3; the images have 15 classes" in said_by(
+        run_ranks, tiny(tmp_path, model={"num_classes": 3})
+    )
+
+
+def test_non_finite_steps_in_a_row_stop_the_run(run_ranks, tmp_path):
+    said = run_ranks(1, refused_with_nan, tiny(tmp_path, train={"max_skips": 3}), 3, init=False)[0]
+    assert "3 steps in a row had a non-finite gradient" in said
+    assert sorted(int(p.name) for p in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir())[0] == 2 * BATCH
+    assert run_ranks(1, run, tiny(tmp_path, train={"max_skips": 3}), init=False) == [0]
+
+
+def refused_with_nan(config: Config, after: int) -> str:
+    losses, calls = Objective.loss, [0]
+
+    def loss(*args):
+        calls[0] += 1
+        return losses(*args) * (float("nan") if calls[0] >= after else 1)
+
+    Objective.loss = loss
+    return refused(config)
+
+
+class HostSyncs(TorchDispatchMode):
+    """Collects the ops that make the host wait for a value on the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        for name in ("tolist", "cpu", "numpy"):  # on a CPU tensor they dispatch nothing that could be caught
+            before = getattr(torch.Tensor, name)
+
+            def noted(tensor, *args, before=before, name=name, **kwargs):
+                self.found.append(name)
+                return before(tensor, *args, **kwargs)
+
+            self.patch.setattr(torch.Tensor, name, noted)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def syncs_in_a_step(config: Config) -> list[str]:
+    world = parallel.init(config.parallel)
+    pack = latents.Pack(latents.ensure(config, world), world.device, 0)
+    model = train.build(config, world)
+    optimizer = Optimizer(model, config.train, BATCH)
+    objective = Objective(config.diffusion, class_dropout=0.1, num_classes=15)
+    with HostSyncs() as syncs:
+        for i in range(3):
+            train.step(model, objective, optimizer, pack, config, world, i * BATCH)
+    with HostSyncs() as control:
+        torch.ones(1).item(), torch.ones(1).tolist(), torch.ones(1).cpu(), torch.ones(1).numpy()
+    assert control.found == ["aten._local_scalar_dense.default", "tolist", "cpu", "numpy"]
+    pack.close()
+    return syncs.found
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_no_step_waits_for_the_device(run_ranks, tmp_path, accum):
+    config = tiny(tmp_path, model={"class_dropout": 0.1}, train={"grad_accum": accum, "batch": BATCH // accum})
+    assert run_ranks(1, syncs_in_a_step, config, init=False) == [[]]
+
+
+def sampled(options: Options) -> None:
+    sample(options)
+
+
+def test_a_picture_is_the_same_whatever_the_batch_and_the_ranks(whole, run_ranks, tmp_path):
+    run_folder = str(whole / "runs" / "tiny")
+    ways = [(1, 64, 0, 5), (1, 2, 0, 5), (2, 2, 0, 5), (1, 64, 2, 3)]
+    for i, (world, batch, first, num) in enumerate(ways):
+        options = Options(
+            run_folder, num=num, first=first, batch=batch, singles=True, out=str(tmp_path / str(i)), precision="fp32"
+        )
+        run_ranks(world, sampled, options, init=False)
+    pictures = [{p.name: p.read_bytes() for p in (tmp_path / str(i)).glob("*/*.png")} for i in range(len(ways))]
+    assert sorted(pictures[0]) == [f"{n:06d}.png" for n in range(5)]
+    assert pictures[1] == pictures[2] == pictures[0]
+    assert pictures[3] == {name: pictures[0][name] for name in ("000002.png", "000003.png", "000004.png")}
+
+
+def test_sampling_refuses_in_one_line(whole, run_ranks, tmp_path):
+    lone = tmp_path / "lone.safetensors"
+    lone.write_bytes(next(whole.rglob("ema.safetensors")).read_bytes())
+    (tmp_path / "empty").mkdir()
+    run_folder = str(whole / "runs" / "tiny")
+    for options, said in (
+        (Options(str(tmp_path / "nowhere")), "does not exist"),
+        (Options(str(tmp_path / "empty")), "holds no checkpoint"),
+        (Options(str(lone)), "no config.json beside it"),
+        (Options(run_folder, num=0), "--num is 0"),
+        (Options(run_folder, label=15), "classes 0 … 14"),
+        (Options(run_folder, steps=5000), "--sample.steps 5000"),
+        (Options(run_folder, guidance=2.0), "class_dropout"),
+        (Options(run_folder, sampler="euler"), "euler"),
+    ):
+        with pytest.raises(UserError, match=rf"\A[^\n]*{re.escape(said)}[^\n]*\Z"):
+            sample(options)
+
+
+def test_the_newest_checkpoint_holds_everything_a_step_changes(whole):
+    assert Checkpoints(whole / "runs" / "tiny" / "checkpoints", 3).latest() == STEPS * BATCH
+
+
+@pytest.mark.parametrize("verb", ["train", "encode", "sample"])
+def test_a_bad_option_is_one_line_and_status_2(verb, tmp_path):
+    end = subprocess.run(
+        [sys.executable, ROOT / "fastdit" / f"{verb}.py", "--nonsense", "1"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert end.returncode == 2
+    assert end.stdout == ""
+    assert end.stderr.startswith("error: unknown option --nonsense")
+    assert end.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
