@@ -1,7 +1,7 @@
 """One way to measure. `pytest bench/` prints a table; on a GPU it also writes bench/results/<bench>-<device>.json.
 
-On a GPU a time is the median between device events with L2 flushed before each round; on a CPU it is wall clock. Every bandwidth
-stands beside the copy, and every rate of arithmetic beside the matrix product, measured in the same run on the same device.
+On a GPU a time is the median between device events with L2 flushed before each round; on a CPU it is wall clock. Every
+bandwidth stands beside the copy, and every rate of arithmetic beside the matrix product, measured in the same run.
 """
 
 import json
@@ -151,7 +151,7 @@ def _commit() -> str:
     return commit + (" with changes" if changed else "")
 
 
-def _describe(number: float | None, form: str) -> str:
+def _form(number: float | None, form: str) -> str:
     return "-" if number is None else format(number, form)
 
 
@@ -163,22 +163,21 @@ def pytest_terminal_summary(terminalreporter) -> None:
     copy, matmul = STASH.ceilings.copy / 1e9, STASH.ceilings.matmul / 1e12
     write(f"\n{name}: copy {copy:.0f} GB/s, matrix product {matmul:.3g} TFLOP/s, measured in this run")
     write(
-        f"{'op':36} {'implementation':28} {'shape':32} {'µs':>10} {'MB':>9} {'GB/s':>7} {'% copy':>6} {'TFLOP/s':>7} {'% mm':>5}"
+        f"{'op':36} {'implementation':28} {'shape':32} {'µs':>10} {'MB':>9} {'GB/s':>7} {'% copy':>6} {'TFLOP/s':>7}"
+        " % of matrix product"
     )
     for r in STASH.rows:
-        megabytes = _describe(r.bytes and r.bytes / 1e6, ".1f")
-        write(
-            f"{r.op:36} {r.baseline:28} {r.shape:32} {r.microseconds:10.1f} {megabytes:>9} {_describe(r.gb_per_s, '.4g'):>7}"
-            f" {_describe(r.percent_of_copy, '.0f'):>6} {_describe(r.tflop_per_s, '.3g'):>7} {_describe(r.percent_of_matmul, '.0f'):>5}"
+        bandwidth = (
+            f"{_form(r.bytes and r.bytes / 1e6, '.1f'):>9} {_form(r.gb_per_s, '.4g'):>7} {_form(r.percent_of_copy, '.0f'):>6}"
         )
+        arithmetic = f"{_form(r.tflop_per_s, '.3g'):>7} {_form(r.percent_of_matmul, '.0f')}"
+        write(f"{r.op:36} {r.baseline:28} {r.shape:32} {r.microseconds:10.1f} {bandwidth} {arithmetic}")
     if not torch.cuda.is_available():
         return
     RESULTS.mkdir(exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    about = {
-        "device": name, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda, "commit": _commit(),
-        "copy_gb_per_s": copy, "matmul_tflop_per_s": matmul,
-    }  # fmt: skip
+    about = {"device": name, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    about |= {"commit": _commit(), "copy_gb_per_s": copy, "matmul_tflop_per_s": matmul}
     for bench in {r.bench for r in STASH.rows}:
         path = RESULTS / f"{bench}-{slug}.json"
         path.write_text(json.dumps({**about, "rows": [r._asdict() for r in STASH.rows if r.bench == bench]}, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """Fixtures every kernel test shares: the device, fp64 truth, and what a kernel reads and writes.
 
-A kernel runs on the GPU where there is one, and in Triton's interpreter on CPU tensors where there is not, from one test source.
+From one test source, a kernel runs on the GPU where there is one, and in Triton's interpreter on CPU tensors where not.
 """
 
 import importlib.util
@@ -197,3 +197,24 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory):
     ranks = module.Ranks(tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.close()
+
+
+@pytest.fixture
+def last_program(device, monkeypatch) -> Callable[..., None]:
+    """A launch that runs only the last program of its grid, as the one it is; on a GPU, the whole grid."""
+    from fastdit_kernels.launch import run
+
+    if device.type != "cpu":
+        return run
+    from triton.runtime.interpreter import interpreter_builder
+
+    set_dim, set_idx = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
+
+    def launch(kernel, grid, num_warps, max_registers=None, **args) -> None:
+        whole = grid + (1,) * (3 - len(grid))
+        with monkeypatch.context() as patch:
+            patch.setattr(interpreter_builder, "set_grid_dim", lambda *_: set_dim(*whole))
+            patch.setattr(interpreter_builder, "set_grid_idx", lambda *_: set_idx(*(n - 1 for n in whole)))
+            kernel[(1,)](**args)
+
+    return launch

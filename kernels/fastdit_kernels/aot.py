@@ -2,19 +2,16 @@
 
     python -m fastdit_kernels.aot [--json bench/results/static.json]
 
-prints, for each direction of each op: registers, spills, the widths of its global loads and stores, fp64 instructions, instructions per
-element, and the times that bytes, instruction issue and the special-function unit set as lower BOUNDS. Nothing here is a measurement.
+prints, for each direction of each op: registers, spills, the widths of its global loads and stores, fp64 instructions,
+instructions per element, and the times that bytes, instruction issue and the special-function unit set as lower BOUNDS.
+Nothing here is a measurement.
 
-What is compiled is what an op launches: its own function runs on meta tensors with a recorder in place of the launch (`launch.py`).
+What is compiled is what an op launches: its own function runs on meta tensors with a recorder in the launch's place.
 """
 
 import argparse
 import json
-import re
-import subprocess
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +21,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdit_kernels import gate_residual_ln_modulate, ln_modulate
+from fastdit_kernels import gate_residual_ln_modulate, ln_modulate, sass
 from fastdit_kernels.launch import Launch
-from fastdit_kernels.partials import split_rows
+from fastdit_kernels.partials import UNROLL, split_rows, sum_kernel
 
 SAMPLES, TOKENS = 32, 256  # of one GPU's batch at 256×256 pixels
 WIDTHS = (768, 1024, 1152, 1536)
@@ -65,8 +62,7 @@ class Recorded(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One direction of an op at one size. `trips` says, for each kernel by name, how often each loop in its SASS runs, in the order
-    of their addresses, per entry of the loop; a kernel whose loops are all unrolled needs no entry."""
+    """One direction of an op at one size."""
 
     name: str
     width: int
@@ -74,22 +70,7 @@ class Case(NamedTuple):
     floor: int  # bytes per element
     moved: int  # bytes in all, with partials
     build: Callable[[Launch], object]
-    trips: dict[str, tuple[int, ...]]
-
-
-class Compiled(NamedTuple):
-    """What the compiler made of one kernel launch. Counts are per thread, of instructions as they stand in the SASS."""
-
-    kernel: str
-    registers: int
-    spills: int  # local loads and stores, and bytes of local memory
-    stack: int
-    shared: int  # bytes
-    loads: dict[str, int]  # global loads by width in bits
-    stores: dict[str, int]
-    fp64: int
-    issued: float  # instructions a thread issues from entry to exit, loops counted
-    special: float  # of these, MUFU
+    trips: dict[str, tuple[int, ...]]  # by kernel name, as `sass.read` takes them; none for `sum_kernel` or where nothing loops
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -131,79 +112,22 @@ def source(launch: Recorded) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def _tool(name: str, *arguments: str) -> str:
-    path = getattr(triton.knobs.nvidia, name).path
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def _instructions(sass: str) -> Iterator[tuple[str, int | None]]:
-    """(instruction, index it may jump back to) of each line of SASS, without the padding after the last exit."""
-    lines: list[str] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(lines)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-            lines.append(instruction[1])
-    for i, line in enumerate(lines):
-        target = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line)
-        head = labels[target[1]] if target else None
-        if head == i:
-            return  # a kernel ends in a jump to itself, then NOPs
-        yield line, head if head is not None and head < i else None
-
-
-def _width(instruction: str) -> str:
-    """Bits of one access, from the suffixes of its opcode: LDG.E.128, LDG.E.U16, LDG.E."""
-    opcode = instruction.split("[")[0]
-    return next((width for width in ("128", "64", "16", "8") if re.search(rf"\.[US]?{width}\b", opcode)), "32")
-
-
-def inspect(kernel: str, cubin: bytes, trips: Sequence[int]) -> Compiled:
-    """Read registers, memory accesses and instruction counts from a cubin. Raises ValueError where `trips` does not fit its loops."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = list(_instructions(_tool("nvdisasm", "-c", file.name)))
-    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    loops: dict[int, int] = {}  # head to last instruction
-    for i, (_, head) in enumerate(sass):
-        if head is not None:
-            loops[head] = i
-    if len(loops) != len(trips):
-        raise ValueError(f"{kernel}: its SASS has {len(loops)} loops, and {len(trips)} trip counts were given")
-    weights = [1.0] * len(sass)
-    for (head, last), count in zip(sorted(loops.items()), trips, strict=True):
-        for i in range(head, last + 1):
-            weights[i] *= count
-    loads: Counter[str] = Counter()
-    stores: Counter[str] = Counter()
-    local = fp64 = 0
-    for line, _ in sass:
-        loads[_width(line)] += bool(re.search(r"\bLDG(STS)?\.", line))
-        stores[_width(line)] += bool(re.search(r"\bSTG\.", line))
-        local += bool(re.search(r"\b(LDL|STL)\b", line))
-        fp64 += bool(re.search(r"\bD(ADD|MUL|FMA|MNMX|SETP|MMA)\b|\bF2F\.\w*F64|\.F64\b", line))
-    special = sum(weight for weight, (line, _) in zip(weights, sass, strict=True) if "MUFU" in line)
-    return Compiled(
-        kernel, used["REG"], local + used["LOCAL"], used["STACK"], used["SHARED"], dict(+loads), dict(+stores), fp64, sum(weights), special
-    )  # fmt: skip
-
-
-def compile_launch(launch: Recorded, arch: int, trips: Sequence[int] = ()) -> Compiled:
+def compile_launch(launch: Recorded, arch: int, trips: Sequence[int] = ()) -> sass.Compiled:
     """Compile one recorded launch for sm_<arch>, with no GPU, and read the result."""
     options = {"num_warps": launch.num_warps, "maxnreg": launch.max_registers}
     compiled = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=options)
-    return inspect(launch.kernel.__name__, compiled.asm["cubin"], trips)
+    return sass.read(launch.kernel.__name__, compiled.asm["cubin"], compiled.asm["ptx"], trips)
 
 
 def examine(case: Case, device: str) -> dict[str, Any]:
-    """The row of one case on one device: per kernel what `Compiled` holds, and summed over kernels what bounds the time."""
+    """The row of one case on one device: what `sass.Compiled` holds of each kernel, and what their sums bound the time by."""
     limits = DEVICES[device]
     kernels, issued, special = [], 0.0, 0.0
     for launch in record(case.build):
-        compiled = compile_launch(launch, limits.arch, case.trips.get(launch.kernel.__name__, ()))
+        trips = case.trips
+        if launch.kernel is sum_kernel:
+            trips = {"sum_kernel": (triton.cdiv(launch.args["S"], UNROLL),)}
+        compiled = compile_launch(launch, limits.arch, trips.get(launch.kernel.__name__, ()))
         threads = 32 * launch.num_warps
         for size in launch.grid:
             threads *= size
@@ -273,39 +197,41 @@ def gate_residual_ln_modulate_cases(B: int, T: int, D: int) -> list[Case]:
 
 def cases() -> list[Case]:
     """What the table shows and the tests hold to the bar: every op, forward and backward, at every width."""
-    return [case for D in WIDTHS for of_op in (ln_modulate_cases, gate_residual_ln_modulate_cases) for case in of_op(SAMPLES, TOKENS, D)]
+    return [
+        case
+        for D in WIDTHS
+        for of_op in (ln_modulate_cases, gate_residual_ln_modulate_cases)
+        for case in of_op(SAMPLES, TOKENS, D)
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line for each kernel, and after an op's last one what it adds up to."""
+    """One line for each kernel, and under an op's kernels what they add up to."""
 
     def widths(counts: dict[str, int]) -> str:
         return " ".join(f"{count}×{width}b" for width, count in sorted(counts.items(), key=lambda item: -int(item[0])))
 
     lines = [
-        f"{'op and kernel':45} {'arch':6} {'width':>5} {'regs':>4} {'spill':>5} {'stack':>5} {'fp64':>4}  {'loads':16} {'stores':16}"
-        f" {'B/elem':>6} {'floor':>5} {'inst/elem':>9} {'mufu/elem':>9}   lower bounds in µs: bytes, issue, special"
+        f"{'op, kernel':48} {'arch':5} {'width':>5} {'regs':>4} {'spills':>6} {'stack':>5} {'fp64':>4}  {'loads':16} stores",
+        "  bytes, instructions and special-function results per element; lower bounds in µs, not measurements",
     ]
     for row in rows:
-        for i, kernel in enumerate(row["kernels"]):
-            line = (
-                f"{row['op'] + ': ' + kernel['kernel']:45} {row['arch']:6} {row['width']:5} {kernel['registers']:4} {kernel['spills']:5}"
-                f" {kernel['stack']:5} {kernel['fp64']:4}  {widths(kernel['loads']):16} {widths(kernel['stores']):16}"
+        for k in row["kernels"]:
+            lines.append(
+                f"{row['op'] + ', ' + k['kernel']:48} {row['arch']:5} {row['width']:5} {k['registers']:4} {k['spills']:6}"
+                f" {k['stack']:5} {k['fp64']:4}  {widths(k['loads']):16} {widths(k['stores'])}"
             )
-            if i == len(row["kernels"]) - 1:
-                bound = row["bound_us"]
-                line += (
-                    f" {row['bytes_per_element']:6.2f} {row['floor_bytes_per_element']:5} {row['instructions_per_element']:9.1f}"
-                    f" {row['special_per_element']:9.3f}   {row['device']}: {bound['bytes']:.1f}, {bound['issue']:.1f}, {bound['special']:.1f}"
-                )
-            lines.append(line)
+        bound = ", ".join(f"{name} {microseconds:.1f}" for name, microseconds in row["bound_us"].items())
+        lines.append(
+            f"  {row['bytes_per_element']:.2f} B (floor {row['floor_bytes_per_element']}),"
+            f" {row['instructions_per_element']:.1f} instructions, {row['special_per_element']:.3f} special;"
+            f" {row['device']}, B={SAMPLES} T={TOKENS}: {bound}"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Compile every kernel for an A100 and an H100 without a GPU; print what bounds them."
-    )
+    parser = argparse.ArgumentParser(description="Compile every kernel for an A100 and an H100, and print what bounds it.")
     parser.add_argument("--json", type=Path, help="also write the table here")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -313,16 +239,10 @@ def main() -> None:
     rows = [examine(case, device) for case in cases() for device in DEVICES]
     print(table(rows))
     if arguments.json:
+        about = {"kind": "bounds from the compiled code, not measurements", "samples": SAMPLES, "tokens": TOKENS}
         versions = {"torch": torch.__version__, "triton": triton.__version__}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "kind": "bounds from the compiled code, not measurements",
-            "samples": SAMPLES,
-            "tokens": TOKENS,
-            **versions,
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({**about, **versions, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

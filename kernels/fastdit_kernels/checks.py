@@ -37,10 +37,10 @@ def require(
         and (laid_out or tensor.numel() == 0)
     ):
         return
-    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    was, *allowed = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *dtypes))
     raise ValueError(
-        f"{op}: {name} has shape {list(tensor.shape)}, strides {list(tensor.stride())}, {str(tensor.dtype).removeprefix('torch.')} on"
-        f" {tensor.device}; expected {dims} = {list(shape)}, {layout}, {names} on {device}"
+        f"{op}: {name} has shape {list(tensor.shape)}, strides {list(tensor.stride())}, {was} on {tensor.device};"
+        f" expected {dims} = {list(shape)}, {layout}, {' or '.join(allowed)} on {device}"
     )
 
 

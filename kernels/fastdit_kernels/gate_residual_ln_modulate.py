@@ -1,8 +1,8 @@
 """A block's gated residual and the next adaLN in one pass: r = x + gate·y, m = LN(r)·(1 + scale) + shift.
 
 Forward reads x and y and writes r and m: 8 bytes per element in bf16. Backward reads dm, dr, r and y and writes dx and dy: 12.
-Programs, statistics and partials are those of `ln_modulate.py`, whose formula for the gradient of r gains what arrives at r itself:
-with r̂ = (r - mean)·rstd and g = dm·(1 + scale), for each row of D elements
+Programs, statistics and partials are those of `ln_modulate.py`, whose gradient of the normalised rows gains what arrives at r
+itself: with r̂ = (r - mean)·rstd and g = dm·(1 + scale), for each row of D elements
 
     dx = rstd·(g - mean(g) - r̂·mean(g·r̂)) + dr        dy = gate·dx        dgate = Σ_t dx·y
 
@@ -28,7 +28,7 @@ def forward_kernel(
     p_x, p_y, p_gate, p_shift, p_scale, p_r, p_m, p_mean, p_rstd, T, rows, stride_gate, stride_shift, stride_scale,
     D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,  # EPS constexpr: a compiler may pass Python floats as fp64
 ):  # fmt: skip
-    i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
     b_gate = tl.load(p_gate + i_b * stride_gate + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -55,7 +55,7 @@ def backward_kernel(
     p_dr, p_dm, p_r, p_y, p_gate, p_scale, p_mean, p_rstd, p_dx, p_dy, p_partials, T, rows, stride_gate, stride_scale,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
     b_gate = tl.load(p_gate + i_b * stride_gate + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -83,7 +83,7 @@ def backward_kernel(
         b_dscale += b_dm * b_rhat
         tl.store(p_dx + row * D + o_d, b_dx.to(p_dx.dtype.element_ty), mask=m_d)
         tl.store(p_dy + row * D + o_d, (b_gate * b_dx).to(p_dy.dtype.element_ty), mask=m_d)
-    p_partial = p_partials + (i_b * tl.num_programs(0) + i_s) * (3 * D) + o_d
+    p_partial = p_partials + (i_b * tl.num_programs(1) + i_s) * (3 * D) + o_d
     tl.store(p_partial, b_dgate, mask=m_d)
     tl.store(p_partial + D, b_dshift, mask=m_d)
     tl.store(p_partial + 2 * D, b_dscale, mask=m_d)
@@ -100,7 +100,7 @@ def forward(
         splits, rows = split_rows(B, T, FORWARD_PROGRAMS, FORWARD_ROWS)
         block, num_warps = block_and_warps(D)
         launch(
-            forward_kernel, (splits, B), num_warps, p_x=x, p_y=y, p_gate=gate, p_shift=shift, p_scale=scale, p_r=r, p_m=m,
+            forward_kernel, (B, splits), num_warps, p_x=x, p_y=y, p_gate=gate, p_shift=shift, p_scale=scale, p_r=r, p_m=m,
             p_mean=mean, p_rstd=rstd, T=T, rows=rows, stride_gate=gate.stride(0), stride_shift=shift.stride(0),
             stride_scale=scale.stride(0), D=D, BLOCK=block, EPS=EPS,
         )  # fmt: skip
@@ -108,9 +108,17 @@ def forward(
 
 
 def backward(
-    dr: Tensor | None, dm: Tensor, r: Tensor, y: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, launch: Launch
+    dr: Tensor | None,
+    dm: Tensor,
+    r: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, dmod): dx and dy like r; dmod [B, 3, D] in gate's dtype holds dgate, dshift and dscale. dr None counts as zero."""
+    """(dx, dy, dmod): dx and dy like r; dmod [B, 3, D], gate's dtype, holds dgate, dshift and dscale. A dr of None is zero."""
     B, T, D = r.shape
     dx, dy = torch.empty_like(r), torch.empty_like(r)
     if not r.numel():
@@ -119,11 +127,11 @@ def backward(
     splits, rows = split_rows(B, T, BACKWARD_PROGRAMS, BACKWARD_ROWS)
     block, num_warps = block_and_warps(D)
     partials = torch.empty(B, splits, 3 * D, dtype=torch.float32, device=r.device)
-    # Eighty registers let 24 warps share an SM. ptxas would take a hundred at eight warps, and needs them only for fp32 streams.
+    # Eighty registers let 24 warps share an SM. ptxas would take a hundred at eight warps; only fp32 streams need them.
     max_registers = 80 if r.itemsize == 2 and block <= 2048 else None
     launch(
-        backward_kernel, (splits, B), num_warps, max_registers, p_dr=dr, p_dm=dm, p_r=r, p_y=y, p_gate=gate, p_scale=scale, p_mean=mean,
-        p_rstd=rstd, p_dx=dx, p_dy=dy, p_partials=partials, T=T, rows=rows, stride_gate=gate.stride(0),
+        backward_kernel, (B, splits), num_warps, max_registers, p_dr=dr, p_dm=dm, p_r=r, p_y=y, p_gate=gate, p_scale=scale,
+        p_mean=mean, p_rstd=rstd, p_dx=dx, p_dy=dy, p_partials=partials, T=T, rows=rows, stride_gate=gate.stride(0),
         stride_scale=scale.stride(0), D=D, BLOCK=block,
     )  # fmt: skip
     sum_partials(partials, dmod, launch)
@@ -189,7 +197,8 @@ def gate_residual_ln_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor,
     """Finish a block's gated residual and open the next one: r = x + gate·y, m = LN(r)·(1 + scale) + shift, eps 1e-6.
 
     x and y [B, T, D], contiguous, of one dtype: bf16, fp16 or fp32, D up to 8192; gate, shift and scale [B, D] of one such
-    dtype, each row contiguous, any batch stride. Returns (r, m), both [B, T, D] in x's dtype. Raises ValueError for anything else.
+    dtype, each row contiguous, any batch stride. Returns (r, m), both [B, T, D] in x's dtype. Raises ValueError for anything
+    else. Above D = 4096 the backward spills registers; it stays exact.
     """
     op = "gate_residual_ln_modulate"
     require_stream(op, "x", x, "[B, T, D]")

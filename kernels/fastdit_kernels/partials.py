@@ -1,6 +1,6 @@
-"""Sums over tokens without atomics: each program owns rows of one sample and writes one fp32 partial; a second kernel adds them.
+"""Sums over tokens without atomics: each program owns rows of one sample and writes an fp32 partial; a second kernel adds them.
 
-The split is a function of the shape alone, so the order of every addition is too, and two runs give the same bits on any device.
+The split is a function of the shape alone, so the order of every addition is too, and two runs give the same bits.
 """
 
 import triton
@@ -11,11 +11,12 @@ from fastdit_kernels.launch import Launch
 
 __all__ = ["split_rows", "sum_partials"]
 
-COLUMNS = 128  # of one program, a single warp: a 128-bit load a thread for each partial, and no sum crosses threads
+# Of a program, which is one warp: a thread sums its own columns and has eight 128-bit loads in flight.
+COLUMNS, UNROLL = 128, 8
 
 
 def split_rows(samples: int, rows: int, programs: int, least: int) -> tuple[int, int]:
-    """(S, rows each): S programs for each sample, a power of two, about `programs` in all, none with fewer than `least` rows."""
+    """(S, rows each): S programs a sample, a power of two, about `programs` in all, of `least` rows or more on average."""
     splits = triton.next_power_of_2(max(1, triton.cdiv(programs, samples)))
     while splits > 1 and rows < splits * least:
         splits //= 2
@@ -23,19 +24,22 @@ def split_rows(samples: int, rows: int, programs: int, least: int) -> tuple[int,
 
 
 @triton.jit
-def sum_kernel(p_partials, p_sums, N, S: tl.constexpr, COLUMNS: tl.constexpr):
-    i_n, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+def sum_kernel(p_partials, p_sums, S, N: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr):
+    i_b, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_n = i_n * COLUMNS + tl.arange(0, COLUMNS)
     m_n = o_n < N
     b_sum = tl.zeros([COLUMNS], tl.float32)
-    for s in tl.static_range(S):  # unrolled: its loads do not depend on each other
-        b_sum += tl.load(p_partials + (i_b * S + s) * N + o_n, mask=m_n, other=0.0)
+    p_partial = p_partials + i_b * S * N + o_n
+    for s in range(0, S, UNROLL):
+        for k in tl.static_range(UNROLL):
+            b_sum += tl.load(p_partial + k * N, mask=m_n & (s + k < S), other=0.0)
+        p_partial += UNROLL * N
     tl.store(p_sums + i_b * N + o_n, b_sum.to(p_sums.dtype.element_ty), mask=m_n)
 
 
 def sum_partials(partials: Tensor, sums: Tensor, launch: Launch) -> None:
-    """Sum partials [B, S, N], fp32, over S into sums [B, N] (or [B, k, N/k]) of any float dtype; both contiguous."""
+    """Sum partials [B, S, N], fp32, over S in order, into sums [B, N] (or [B, k, N/k]) of any float dtype; both contiguous."""
     B, S, N = partials.shape
     if partials.numel():
-        grid = (triton.cdiv(N, COLUMNS), B)
-        launch(sum_kernel, grid, 1, p_partials=partials, p_sums=sums, N=N, S=S, COLUMNS=COLUMNS)
+        grid = (B, triton.cdiv(N, COLUMNS))
+        launch(sum_kernel, grid, 1, p_partials=partials, p_sums=sums, S=S, N=N, COLUMNS=COLUMNS, UNROLL=UNROLL)

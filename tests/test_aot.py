@@ -1,0 +1,80 @@
+"""What the compiler makes of every kernel for sm_80 and sm_90, with no GPU, read from the cubin and its SASS."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    """What `python -m fastdit_kernels.aot` writes, in its own process: this one's kernels may be interpreted functions."""
+    path = tmp_path_factory.mktemp("aot") / "static.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastdit_kernels.aot", "--json", str(path)]
+    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(path.read_text())["rows"]
+
+
+def kernels(rows: list[dict], op: str = "", kernel: str = "") -> Iterator[tuple[dict, dict]]:
+    for row in rows:
+        for compiled in row["kernels"]:
+            if row["op"].startswith(op) and compiled["kernel"].startswith(kernel):
+                yield row, compiled
+
+
+ADALN = ("ln_modulate", "gate_residual_ln_modulate")
+
+
+def test_every_op_at_every_width_on_both_devices(rows):
+    seen = {(row["op"], row["width"], row["arch"]) for row in rows if row["op"].split()[0] in ADALN}
+    directions = [f"{op} {direction}" for op in ADALN for direction in ("forward", "backward")]
+    assert seen == {(op, D, arch) for op in directions for D in (768, 1024, 1152, 1536) for arch in ("sm_80", "sm_90")}
+
+
+def test_no_spills_no_stack_no_fp64(rows):
+    for row, kernel in kernels(rows):
+        assert (kernel["spills"], kernel["stack"], kernel["fp64"]) == (0, 0, 0), (row["op"], row["width"], kernel)
+
+
+@pytest.mark.parametrize("op", ADALN)
+def test_streams_move_128_bits_at_a_time(rows, op):
+    """All but a row's two statistics, loaded in backward and stored in forward."""
+    streams = {"ln_modulate": (1, 2), "gate_residual_ln_modulate": (2, 4)}[op]  # loaded forward, backward
+    modulations = {"ln_modulate": (2, 1), "gate_residual_ln_modulate": (3, 2)}[op]
+    written = {"ln_modulate": (1, 1), "gate_residual_ln_modulate": (2, 2)}[op]
+    sums = {"ln_modulate": 2, "gate_residual_ln_modulate": 3}[op]
+    for row, kernel in kernels(rows, f"{op} ", "forward_kernel"):
+        assert kernel["loads"] == {"128": streams[0] + modulations[0]}, row["width"]
+        assert kernel["stores"] == {"128": written[0], "32": 2}, row["width"]
+    for row, kernel in kernels(rows, f"{op} ", "backward_kernel"):
+        assert kernel["loads"] == {"128": streams[1] + modulations[1], "32": 2}, row["width"]
+        assert kernel["stores"] == {"128": written[1] + 2 * sums}, row["width"]  # eight fp32 sums are two accesses
+    for row, kernel in kernels(rows, f"{op} ", "sum_kernel"):
+        assert set(kernel["loads"]) == {"128"}, row["width"]
+
+
+def test_registers(rows):
+    for op in ADALN:
+        for row, kernel in kernels(rows, f"{op} "):
+            assert kernel["registers"] <= 80, (row["op"], row["width"])
+            if row["width"] <= 1024:
+                assert kernel["num_warps"] <= 4
+
+
+@pytest.mark.parametrize(("op", "limit"), [("ln_modulate backward", 33), ("gate_residual_ln_modulate backward", 43)])
+def test_instructions_per_element(rows, op, limit):
+    """Of both kernels, from entry to exit, at D = 768."""
+    found = [row["instructions_per_element"] for row in rows if row["op"] == op and row["width"] == 768]
+    assert len(found) == 2
+    assert max(found) <= limit, found
+
+
+def test_memory_binds_the_adaln_kernels(rows):
+    """On both devices bytes take longer than issue or the special-function unit: nothing is left to gain in the code itself."""
+    for row in rows:
+        if row["op"].split()[0] in ADALN:
+            assert row["bound_by"] == "bytes", (row["op"], row["width"], row["device"], row["bound_us"])

@@ -1,0 +1,90 @@
+"""TRITON in the place of REFERENCE: the same signatures, and a whole block trained through either, eager and compiled."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from fastdit_kernels import Ops
+from fastdit_kernels.reference import REFERENCE
+from fastdit_kernels.triton_ops import TRITON
+from torch import nn
+from torch._inductor.utils import run_fw_bw_and_get_code
+from torch.nn import functional as F
+
+B, T, D = 2, 13, 40
+
+
+class Block(nn.Module):
+    """Two sub-blocks and the norm after them, their residuals carried from op to op, the modulation one packed projection."""
+
+    def __init__(self, ops: Ops):
+        super().__init__()
+        self.ops = ops
+        self.modulation = nn.Linear(D, 6 * D)
+        self.mix, self.fc1, self.fc2 = (nn.Linear(*io, bias=False) for io in ((D, D), (D, 4 * D), (4 * D, D)))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).view(B, 6, D).unbind(1)
+        m = self.ops.ln_modulate(x, shift1, scale1)
+        x, m = self.ops.gate_residual_ln_modulate(x, self.mix(m), gate1, shift2, scale2)
+        _, m = self.ops.gate_residual_ln_modulate(x, self.fc2(F.relu(self.fc1(m))), gate2, shift1, scale1)
+        return m
+
+
+@pytest.fixture
+def train(device):
+    """train(ops, compile=): (loss, gradients by parameter, code), of the same block on the same inputs."""
+
+    def train(ops: Ops, compile: bool = False):
+        torch.manual_seed(0)
+        block, x, c = Block(ops).to(device), torch.randn(B, T, D, device=device), torch.randn(B, D, device=device)
+        x.requires_grad_()
+        forward = torch.compile(block, fullgraph=True) if compile else block
+        code: list[str] = []
+        if compile:
+            loss, code = run_fw_bw_and_get_code(lambda: forward(x, c).square().mean())
+        else:
+            loss = forward(x, c).square().mean()
+            loss.backward()
+        return loss.detach(), {"x": x.grad} | {name: p.grad for name, p in block.named_parameters()}, code
+
+    return train
+
+
+@pytest.mark.parametrize("op", Ops._fields)
+def test_both_sides_have_one_signature(op):
+    def signature(ops):
+        """What the model may pass; a kernel may have keywords of its own that it never needs."""
+        parameters = inspect.signature(getattr(ops, op)).parameters.values()
+        return [(p.name, p.annotation) for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+
+    assert signature(TRITON) == signature(REFERENCE)
+
+
+def test_a_block_has_the_references_loss_and_gradients(train):
+    loss, gradients, _ = train(TRITON)
+    expected_loss, expected, _ = train(REFERENCE)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    for name in expected:
+        error = (gradients[name] - expected[name]).norm() / expected[name].norm()
+        assert error <= 1e-5, (name, error)
+
+
+def test_a_block_compiles_whole_with_no_copy_of_a_modulation_view(train):
+    loss, gradients, (forward, backward) = train(TRITON, compile=True)
+    expected_loss, expected, _ = train(TRITON)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    for name in expected:
+        error = (gradients[name] - expected[name]).norm() / expected[name].norm()
+        assert error <= 1e-5, (name, error)
+
+    calls = "\n".join(re.findall(r"torch\.ops\.fastdit\..*", forward))
+    views = re.findall(rf"reinterpret_tensor\((\w+), \({B}, {D}\), \({6 * D}, 1\), (\d+)\)", calls)
+    assert len({buffer for buffer, _ in views}) == 1  # all into the one projection
+    assert [int(offset) // D for _, offset in views] == [0, 1, 2, 3, 4, 5, 0, 1]
+    for code in (forward, backward):
+        assert not re.search(rf"empty_strided\w*\(\({B}, {D}\)", code)  # nor is a modulation, or its gradient, built anywhere
+        assert "fastdit" in code
+    assert len(re.findall(r"torch\.ops\.fastdit\.\w+_backward\.default\(", backward)) == 3
+    assert "gate_residual_ln_modulate_backward.default(None," in backward  # nothing reads the last residual: no zeros stand in
