@@ -55,6 +55,8 @@ def ensure(
     path = _first(world, lambda: folder(config.data))
     if not _first(world, path.exists):
         _encode(config, world, path, log, progress)
+    elif world.rank == 0:
+        shutil.rmtree(_staging(path), ignore_errors=True)  # a kill between naming the pack and clearing up leaves it
     manifest = _first(world, lambda: read_manifest(path))
     _fits(config, manifest.image_shape, manifest.num_classes, manifest.vae)
     return path
@@ -78,12 +80,16 @@ def folder(data: DataConfig) -> Path:
         del follows_from[name]
     digest = hashlib.sha256(json.dumps(follows_from, sort_keys=True).encode()).hexdigest()[:10]
     words = [
-        "cats" if data.source == "cats" else data.path,
+        {"cats": "cats", "folder": Path(data.path).resolve().name, "hub": data.path}[data.source],
         "x".join(map(str, data.image_size)),
         data.vae.rstrip("/").split("/")[-1],
     ]
-    readable = "-".join(re.sub("[^A-Za-z0-9.]+", "-", word).strip("-.")[-40:] for word in words if word)
+    readable = "-".join(re.sub("[^A-Za-z0-9.]+", "-", word)[-40:].strip("-.") for word in words if word)
     return Path(data.packs) / f"{readable.lower()}-{digest}"
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def _stamp(path: str) -> str:
@@ -143,20 +149,22 @@ def _first(world: World, function: Callable[[], T]) -> T:
 
 
 def _encode(config: Config, world: World, path: Path, log: Callable[[str], None], progress: Progress | None) -> None:
-    data, staging = config.data, path.with_name(path.name + ".partial")
+    data, staging = config.data, _staging(path)
+    cores = len(os.sched_getaffinity(0)) // world.local_size
+    source = _every(world, lambda: images.open_images(data, threads=max(1, cores)))
+    autoencoder = _every(world, lambda: vae.load(data, world.device) if data.vae else None)
+    shape = (3, *data.image_size)
+    if autoencoder:
+        if any(side % autoencoder.factor for side in data.image_size):
+            size = "×".join(map(str, data.image_size))
+            raise UserError(f"--data.image_size {size}: {data.vae} needs multiples of {autoencoder.factor}")
+        shape = (autoencoder.channels, *(side // autoencoder.factor for side in data.image_size))
+    _fits(config, shape, len(source.class_names) or int(source.labelled), data.vae)
+
     with contextlib.ExitStack() as stack:
         _first(world, lambda: stack.enter_context(_locked(staging)))
-        cores = len(os.sched_getaffinity(0)) // world.local_size
-        source = _every(world, lambda: images.open_images(data, threads=max(1, cores)))
-        autoencoder = _every(world, lambda: vae.load(data, world.device) if data.vae else None)
-        shape = (3, *data.image_size)
-        if autoencoder:
-            if any(side % autoencoder.factor for side in data.image_size):
-                size = "×".join(map(str, data.image_size))
-                raise UserError(f"--data.image_size {size}: {data.vae} needs multiples of {autoencoder.factor}")
-            shape = (autoencoder.channels, *(side // autoencoder.factor for side in data.image_size))
-        _fits(config, shape, len(source.class_names) or int(source.labelled), data.vae)
-
+        if _first(world, path.exists):  # another process finished it meanwhile
+            return
         num_chunks = -(-source.length // CHUNK)
         log(f"encoding {source.name} into {path}; {len(list(staging.glob('*.json')))} of {num_chunks} chunks are there already")
         parts: list[dict[str, Any]] = []
@@ -234,7 +242,7 @@ def _rows(batch: list[images.Pixels], autoencoder: vae.VAE | None) -> Tensor:
     both = torch.stack([autoencoder.moments(x), autoencoder.moments(x.flip(-1))], dim=1)  # [B, 2, 2·C, h, w]
     if not both.isfinite().all():
         raise UserError("the VAE gives latents that are not finite; is it the right one?")
-    return both.bfloat16().cpu()
+    return both.bfloat16().cpu().contiguous()
 
 
 def _join(
@@ -287,7 +295,7 @@ def _join(
     whole.rename(path)
     _flush(path)
     _flush(path.parent)
-    shutil.rmtree(staging)
+    shutil.rmtree(staging, ignore_errors=True)
     return manifest.count
 
 

@@ -19,7 +19,7 @@ class VAE:
 
     def __init__(self, autoencoder: Any, device: torch.device, revision: str = "") -> None:
         config = autoencoder.config
-        self.autoencoder = autoencoder.to(device, torch.float32).requires_grad_(False).eval()
+        self.autoencoder = autoencoder.to(device).requires_grad_(False).eval()
         self.device = device
         self.revision = revision  # the hub's commit; empty for a folder
         self.channels = int(config.latent_channels)
@@ -46,7 +46,11 @@ def load(data: DataConfig, device: torch.device) -> VAE:
 
     try:
         autoencoder = AutoencoderKL.from_pretrained(
-            data.vae, revision=data.vae_revision or None, use_safetensors=True, low_cpu_mem_usage=False
+            data.vae,
+            revision=data.vae_revision or None,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
         )
     except Exception as error:  # of the network, the hub, the cache or the files: all are about what was asked for
         reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,327 @@
+"""Encoding: latents exact to bf16 rounding, the same bytes on any number of ranks and after any kill, bad input in one line."""
+
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from fastdit import latents, packs
+from fastdit.config import RECIPES, Config, UserError, replace
+from fastdit.parallel import World
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+NUM = 43
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def picture(n: int) -> np.ndarray:
+    return np.random.default_rng(n).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """43 pictures of 16×24 in 3 classes; images 7 and 30 are no pictures."""
+    for n in range(NUM):
+        file = tmp_path / "pictures" / f"class{n * 3 // NUM}" / f"{n:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        out = io.BytesIO()
+        Image.fromarray(picture(n)).save(out, "PNG")
+        file.write_bytes(b"damaged" if n in (7, 30) else out.getvalue())
+    return tmp_path / "pictures"
+
+
+GOOD = [n for n in range(NUM) if n not in (7, 30)]
+
+
+@pytest.fixture
+def config(folder, tmp_path) -> Config:
+    data = {"source": "folder", "path": str(folder), "image_size": (16, 24), "packs": str(tmp_path / "packs"), "max_bad": 0.1}
+    return replace(RECIPES["cats"], data=data, model={"input_size": (16, 24), "num_classes": 3})
+
+
+@pytest.fixture
+def latent_config(config, tmp_path) -> Config:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    AutoencoderKL(
+        **blocks, block_out_channels=[8, 16], norm_num_groups=4, latent_channels=3, scaling_factor=0.5, shift_factor=0.125
+    ).save_pretrained(tmp_path / "vae")
+    return replace(config, data={"vae": str(tmp_path / "vae")}, model={"input_size": (8, 12)})
+
+
+def encode(config: Config, chunk: int, kill_at: int = -1, kill_rank: int = 0) -> tuple[str, int]:
+    """As one rank: encode in small chunks, dying by SIGKILL at the n-th step of writing. → hash of the data, chunks encoded."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = World(rank, size, rank, size, torch.device("cpu")) if torch.distributed.is_initialized() else ALONE
+    steps, encoded = itertools.count(), []
+
+    def step() -> None:
+        if next(steps) == kill_at and rank == kill_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def writing(path, blocks, flush=False):
+        def stepping():
+            for block in blocks:
+                step()
+                yield block[: len(block) // 2]
+                step()
+                yield block[len(block) // 2 :]
+
+        step()
+        write(path, stepping(), flush)
+        encoded.append(path.suffix == ".bin" and path.stem.isdigit())
+
+    with pytest.MonkeyPatch.context() as patch:
+        write = latents._write
+        patch.setattr(latents, "CHUNK", chunk)
+        patch.setattr(latents, "_write", writing)
+        path = latents.ensure(config, world, quiet)
+    return hashlib.sha256((path / "data.bin").read_bytes()).hexdigest(), sum(encoded)
+
+
+# --- what is written ---
+
+
+def test_pixels_are_packed_as_they_are(config):
+    path = latents.ensure(config, ALONE, quiet)
+    manifest = packs.verify(path)
+    assert (manifest.count, manifest.shape, manifest.dtype) == (41, [3, 16, 24], "uint8")
+    assert manifest.class_names == ["class0", "class1", "class2"]
+    reason = "not an image in a known format"
+    assert manifest.skipped == [["class0/07.png", reason], ["class2/30.png", reason]]
+    truth = np.stack([picture(n) for n in GOOD]).transpose(0, 3, 1, 2)
+    labels = np.array([n * 3 // NUM for n in GOOD], np.int64)
+    assert (path / "data.bin").read_bytes() == truth.tobytes() + labels.tobytes()
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing is left beside it
+
+
+def test_latents_of_both_flips_are_exact_to_bf16_rounding(latent_config):
+    path = latents.ensure(latent_config, ALONE, quiet)
+    manifest = packs.verify(path)
+    assert (manifest.count, manifest.shape, manifest.dtype) == (41, [2, 6, 8, 12], "bfloat16")
+    assert (manifest.scale, manifest.shift, manifest.image_shape) == (0.5, 0.125, (3, 8, 12))
+    rows = torch.frombuffer(bytearray((path / "data.bin").read_bytes()[: 41 * manifest.row_bytes]), dtype=torch.bfloat16)
+    images = torch.from_numpy(np.stack([picture(n) for n in GOOD])).permute(0, 3, 1, 2).double() / 127.5 - 1
+    autoencoder = AutoencoderKL.from_pretrained(latent_config.data.vae, low_cpu_mem_usage=False).double()
+    with torch.no_grad():
+        truth = torch.stack([autoencoder.encode(x).latent_dist.parameters for x in (images, images.flip(-1))], dim=1)
+    half_ulp = torch.ldexp(torch.ones_like(truth), truth.frexp().exponent - 9)  # bf16 keeps 8 bits
+    error = (rows.view(truth.shape).double() - truth).abs()
+    assert (error <= half_ulp + 1e-6 * truth.abs().max()).all()
+
+
+def test_a_batch_of_an_encoded_pack_is_what_the_autoencoder_says(latent_config):
+    pack = latents.open_pack(latent_config, ALONE, quiet)
+    assert pack.stride == latent_config.train.batch
+    x0, y = pack.batch(0, 41)
+    assert x0.shape == (41, 3, 8, 12)
+    assert sorted(y.tolist()) == sorted(n * 3 // NUM for n in GOOD)
+
+
+def test_the_second_time_nothing_is_encoded(config, monkeypatch):
+    path = latents.ensure(config, ALONE, quiet)
+    monkeypatch.setattr(latents, "_encode", None)
+    assert latents.ensure(config, ALONE, quiet) == path
+
+
+def test_progress_and_log_tell_what_happens(config, monkeypatch):
+    monkeypatch.setattr(latents, "CHUNK", 10)
+    lines, seen = [], []
+    path = latents.ensure(config, ALONE, lines.append, lambda *progress: seen.append(progress))
+    assert seen == [(10, 43, 1), (20, 43, 1), (30, 43, 1), (40, 43, 2), (43, 43, 2)]
+    assert lines[0].startswith("encoding ")
+    assert lines[0].endswith(f"into {path}; 0 of 5 chunks are there already")
+    assert lines[-1].startswith("encoded 41 images in ")
+    assert lines[-1].endswith("2 skipped")
+
+
+# --- ranks and kills ---
+
+
+def test_any_number_of_ranks_writes_the_same_bytes(latent_config, tmp_path, run_ranks):
+    found = []
+    for world in (1, 2, 4):
+        own = replace(latent_config, data={"packs": str(tmp_path / f"packs{world}")})
+        found += [digest for digest, _ in run_ranks(world, encode, own, 6)]
+    assert len(set(found)) == 1
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(config, tmp_path, run_ranks):
+    """SIGKILL at 12 points of writing chunks, joining and committing; each is resumed in this process."""
+    truth, total = encode(replace(config, data={"packs": str(tmp_path / "whole")}), 10)
+    assert total == 5
+    for point in [0, 1, 2, 5, 9, 13, 20, 25, 28, 31, 34, 37]:
+        own = replace(config, data={"packs": str(tmp_path / f"killed{point}")})
+        (end,) = run_ranks.outcomes(1, encode, own, 10, point)
+        assert end.code == -signal.SIGKILL, end.error
+        assert not latents.folder(own.data).exists()
+        done = len(list(latents.folder(own.data).with_suffix(".partial").parent.glob("*.partial/*.json")))
+        assert encode(own, 10) == (truth, total - done)
+
+
+def test_what_a_kill_after_the_last_step_leaves_is_cleared(config):
+    path = latents.ensure(config, ALONE, quiet)
+    left = path.with_name(path.name + ".partial")
+    left.mkdir()
+    (left / "0000000.bin").write_bytes(b"rows")
+    assert latents.ensure(config, ALONE, quiet) == path
+    assert not left.exists()
+
+
+def test_one_of_two_ranks_killed_and_resumed_by_another_number(config, tmp_path, run_ranks):
+    truth, _ = encode(replace(config, data={"packs": str(tmp_path / "whole")}), 4)
+    for resume in (1, 3):
+        own = replace(config, data={"packs": str(tmp_path / f"killed{resume}")})
+        ends = run_ranks.outcomes(2, encode, own, 4, 20, 1)
+        assert [end.code != 0 for end in ends] == [True, True]
+        ends = run_ranks(resume, encode, own, 4)
+        assert {digest for digest, _ in ends} == {truth}
+        assert 0 < sum(encoded for _, encoded in ends) < 11  # some chunks were there
+
+
+def refused(config: Config, full_rank: int = -1) -> str:
+    """As one rank: the line that encoding ends with. On `full_rank` the disk is full."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+    def full(path, blocks, flush=False):
+        raise OSError(28, "No space left on device", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents, "CHUNK", 4)
+        if rank == full_rank:
+            patch.setattr(latents, "_write", full)
+        with pytest.raises(UserError) as caught:
+            latents.ensure(config, World(rank, size, rank, size, torch.device("cpu")), quiet)
+    return str(caught.value)
+
+
+def test_every_rank_ends_with_the_same_line(config, run_ranks):
+    few = replace(config, data={"max_bad": 0.01})
+    for own, full_rank, words in [
+        (few, -1, "cannot be used"),
+        (config, 1, "No space left"),
+        (replace(config, data={"path": "x"}), -1, "no such"),
+    ]:
+        lines = run_ranks(2, refused, own, full_rank)
+        assert len(set(lines)) == 1
+        assert words in lines[0]
+
+
+# --- bad input ---
+
+
+def test_too_many_bad_images_fail_with_a_report(config):
+    own = replace(config, data={"max_bad": 0.04})
+    with pytest.raises(
+        UserError, match=r"2 of 43 images cannot be used; --data\.max_bad allows 4\.0% \('class0/07\.png': not an image"
+    ) as caught:
+        latents.ensure(own, ALONE, quiet)
+    assert "\n" not in str(caught.value)
+    (report,) = Path(own.data.packs).glob("*.rejected.txt")
+    assert [line.split(":")[0] for line in report.read_text().splitlines()] == ["'class0/07.png'", "'class2/30.png'"]
+    latents.ensure(config, ALONE, quiet)  # allowing more, it goes on
+
+
+def test_a_folder_of_nothing_but_damage_fails(config, folder):
+    for n, file in enumerate(folder.rglob("*.png")):
+        file.write_bytes(bytes([n]))
+    with pytest.raises(UserError, match="43 of 43 images cannot be used"):
+        latents.ensure(replace(config, data={"max_bad": 1.0}), ALONE, quiet)
+
+
+def test_a_chunk_damaged_since_is_encoded_anew(config, tmp_path, monkeypatch):
+    truth, _ = encode(replace(config, data={"packs": str(tmp_path / "whole")}), 10)
+    monkeypatch.setattr(latents, "_join", None)
+    with pytest.raises(TypeError):
+        encode(config, 10)
+    monkeypatch.undo()
+    (chunk,) = Path(config.data.packs).glob("*.partial/0000002.bin")
+    chunk.write_bytes(bytes(chunk.stat().st_size))
+    (commit,) = Path(config.data.packs).glob("*.partial/0000003.json")
+    commit.write_text("")  # as a power cut may leave it
+    with pytest.raises(UserError, match=r"0000002\.bin was damaged since it was written; run again"):
+        encode(config, 10)
+    assert encode(config, 10) == (truth, 1)
+
+
+def test_two_processes_do_not_write_one_pack(config):
+    staging = latents.folder(config.data).with_name(latents.folder(config.data).name + ".partial")
+    staging.mkdir(parents=True)
+    with (staging / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is encoding into"):
+            latents.ensure(config, ALONE, quiet)
+    latents.ensure(config, ALONE, quiet)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"channels": 4}, r"--model\.channels is 4; the images have 3"),
+        ({"input_size": (16, 16)}, r"--model\.input_size is 16×16; the images are 16×24"),
+        ({"num_classes": 2}, r"--model\.num_classes is 2; the images have 3 classes"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_encoding_and_after(config, fields, message):
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            latents.ensure(replace(config, model=fields), ALONE, quiet)
+        latents.ensure(config, ALONE, quiet)
+
+
+def test_classes_without_labels_are_refused(config, folder):
+    for file in folder.rglob("*.png"):
+        file.rename(folder / file.name)
+    with pytest.raises(UserError, match=r"--model\.num_classes is 3, but the images have no labels"):
+        latents.ensure(config, ALONE, quiet)
+    assert latents.open_pack(replace(config, model={"num_classes": 0}), ALONE, quiet).batch(0, 4).y is None
+
+
+def test_an_image_size_the_vae_cannot_take_is_refused(latent_config):
+    with pytest.raises(UserError, match=r"--data\.image_size 15×24: .*vae needs multiples of 2"):
+        latents.ensure(replace(latent_config, data={"image_size": (15, 24)}), ALONE, quiet)
+
+
+def test_a_pack_cut_short_is_refused(config):
+    path = latents.ensure(config, ALONE, quiet)
+    os.truncate(path / "data.bin", 5000)
+    with pytest.raises(UserError, match=r"data\.bin: 5,000 bytes, expected 47,560; delete"):
+        latents.open_pack(config, ALONE, quiet)
+    (path / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json: not the manifest of a pack"):
+        latents.ensure(config, ALONE, quiet)
+
+
+def test_a_packs_name_follows_from_its_content(config, latent_config, folder):
+    names = [latents.folder(c.data).name for c in (config, latent_config)]
+    assert names[0].startswith("pictures-16x24-")
+    assert names[1].startswith("pictures-16x24-vae-")
+    for same in ({"hflip": False}, {"device_gib": 1.0}, {"max_bad": 0.5}, {"streaming": True}):
+        assert latents.folder(replace(config, data=same).data).name == names[0]
+    others = ({"image_size": (16, 16)}, {"num_images": 3}, {"revision": "v2"}, {"split": "test"}, {"label_column": "kind"})
+    assert len({latents.folder(replace(config, data=other).data).name for other in others} | {names[0]}) == 6
+    (folder / "class0" / "00.png").write_bytes(b"another")
+    assert latents.folder(config.data).name != names[0]
+    odd = replace(config, data={"source": "hub", "path": "../../etc/…/a b\n;rm", "packs": "packs"})
+    assert latents.folder(odd.data).parent == Path("packs")
+    assert latents.folder(odd.data).name.startswith("etc-a-b-rm-16x24-")
+
+
+def test_the_manifest_is_json_that_anyone_can_read(config):
+    path = latents.ensure(config, ALONE, quiet)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["dataset"] == str(Path(config.data.path).resolve())
+    assert manifest["count"] == sum(rows for rows, _ in manifest["chunks"]) == 41
