@@ -106,13 +106,14 @@ def forward(
         launch(
             forward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_h=h, p_bias=bias, p_taps=taps,
             p_conv_bias=conv_bias, p_z=z, num_strips=strips, steps=steps, H=height, W=width, F=F, K=K, STRIPS=tile.strips,
-            COLS=tile.columns, BLOCK=BLOCK, EXACT=exact,
+            COLS=tile.columns, BLOCK=BLOCK,
+            EXACT=exact or h.dtype == torch.float32 or triton.knobs.runtime.interpret,
         )  # fmt: skip
     return z
 
 
 def backward(
-    dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int, exact: bool, launch: Launch
+    dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int, launch: Launch
 ) -> tuple[Tensor, Tensor]:
     """(dh, sums): dh like h; sums [K² + 2, F] in fp32 are dtaps, dbias and dconv_bias."""
     (B, _, F), K = h.shape, math.isqrt(taps.shape[0])
@@ -126,7 +127,7 @@ def backward(
     launch(
         backward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_dz=dz, p_h=h, p_bias=bias, p_taps=taps, p_dh=dh,
         p_partials=partials, num_strips=strips, steps=steps, H=height, W=width, F=F, K=K, STRIPS=tile.strips, COLS=tile.columns,
-        BLOCK=BLOCK, EXACT=exact,
+        BLOCK=BLOCK,
     )  # fmt: skip
     sum_partials(partials, sums[None], launch)
     return dh, sums
@@ -162,25 +163,23 @@ def _(h: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor, height: int, wid
 
 
 @torch.library.custom_op("fastdit::gelu_dwconv_backward", mutates_args=())
-def _backward_op(
-    dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int, exact: bool
-) -> tuple[Tensor, Tensor]:
-    return backward(dz, h, bias, taps, height, width, exact, run)
+def _backward_op(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    return backward(dz, h, bias, taps, height, width, run)
 
 
 @_backward_op.register_fake
-def _(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int, exact: bool) -> tuple[Tensor, Tensor]:
-    return backward(dz, h, bias, taps, height, width, exact, skip)
+def _(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    return backward(dz, h, bias, taps, height, width, skip)
 
 
 def _save(ctx, inputs, output) -> None:
-    h, bias, taps, _, *ctx.settings = inputs
+    h, bias, taps, _, *ctx.grid, _ = inputs
     ctx.save_for_backward(h, bias, taps)
 
 
 def _differentiate(ctx, dz: Tensor) -> tuple[Tensor | None, ...]:
     h, bias, taps = ctx.saved_tensors
-    dh, sums = _backward_op(dz.contiguous(), h, bias, taps, *ctx.settings)
+    dh, sums = _backward_op(dz.contiguous(), h, bias, taps, *ctx.grid)
     dtaps, (dbias, dconv_bias) = sums[:-2], sums[-2:].to(bias.dtype)
     return dh, dbias, dtaps, dconv_bias, None, None, None
 
@@ -197,8 +196,8 @@ def gelu_dwconv(
     keeps it, K in {3, 4, 5}, contiguous, of one such dtype. Zero padding of the activation keeps the grid: (K-1)//2 before and
     K//2 after. Returns [B, H·W, F] in h's dtype. Raises ValueError for anything else.
 
-    For 16-bit streams a GPU's own tanh serves, relative error 2⁻¹¹; `exact` asks for one formed from exp, which fp32 streams
-    and the interpreter, which has no such instruction, always get.
+    For 16-bit streams a GPU's own tanh serves the forward, relative error 2⁻¹¹; `exact` asks for one formed from exp, which
+    the gradients, fp32 streams, and the interpreter, which has no such instruction, always get.
     """
     require_stream(OP, "h", h, "[B, H·W, F]")
     _, T, F = h.shape
@@ -212,5 +211,4 @@ def gelu_dwconv(
     require(OP, "conv_bias", conv_bias, "[F]", (F,), (bias.dtype,), h.device)
     # Transposed and cast by one kernel, which without `copy` would leave an fp32 weight where it is.
     taps = weight.reshape(F, K * K).t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    exact = exact or h.dtype == torch.float32 or triton.knobs.runtime.interpret
     return _op(h, bias, taps, conv_bias, height, width, exact)

@@ -14,28 +14,34 @@ __all__ = ["backward_kernel", "forward_kernel"]
 
 C = tl.constexpr(0.7978845608028654)  # √(2/π), of the tanh form of GELU
 A = tl.constexpr(0.044715)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _tanh(u, EXACT: tl.constexpr):
-    if EXACT:
-        return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * u))
-    else:
-        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
+def _sigmoid(x):
+    """σ(2C·(x + A·x³)), of which GELU_tanh(x) = x·σ is made, as exactly as fp32 has it."""
+    power = x * (x * x * (-2.0 * C * A * LOG2E) - 2.0 * C * LOG2E)
+    root = tl.rsqrt(1.0 + tl.exp2(tl.minimum(power, 126.0)))  # a root and a product: a division takes three instructions more
+    return root * root
 
 
 @triton.jit
 def _gelu(y, EXACT: tl.constexpr):
-    """GELU_tanh(2y). In y = x/2, which costs nothing where x = h + bias is formed, it takes five instructions and the tanh."""
-    return y + y * _tanh(y * (y * y * (8.0 * C * A) + 2.0 * C), EXACT)
+    """GELU_tanh(2y). Half of x comes free where x = h + bias is formed, and leaves four instructions and the tanh."""
+    if EXACT:
+        return 2.0 * y * _sigmoid(2.0 * y)
+    else:
+        u = y * (y * y * (8.0 * C * A) + 2.0 * C)
+        tanh: tl.constexpr = "tanh.approx.f32 $0, $1;"
+        return y + y * tl.inline_asm_elementwise(tanh, "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _gelu_and_slope(y, EXACT: tl.constexpr):
-    """GELU_tanh(x) and its derivative by x at x = 2y."""
-    square = y * y
-    t = _tanh(y * (square * (8.0 * C * A) + 2.0 * C), EXACT)
-    return y + y * t, y * (square * (12.0 * C * A) + C) * (1.0 - t * t) + (0.5 + 0.5 * t)
+def _gelu_and_slope(x):
+    """GELU_tanh(x) and its derivative. Always exact: of tanh.approx the slope would take (1 - t²)·x³, all cancellation."""
+    s = _sigmoid(x)
+    q = x * (x * x * (6.0 * C * A) + 2.0 * C)
+    return x * s, s + s * (q - s * q)
 
 
 @triton.jit
@@ -86,9 +92,10 @@ def forward_kernel(
     BEFORE: tl.constexpr = (K - 1) // 2
     AFTER: tl.constexpr = K // 2
     o_c, m_c = locate_channels(F, STRIPS, BLOCK)
-    b_bias = 0.5 * tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_half_bias = 0.5 * tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_conv_bias = tl.load(p_conv_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
-    for step in range(tl.program_id(1) * steps, tl.program_id(1) * steps + steps):
+    first = tl.program_id(1) * steps
+    for step in range(first, min(first + steps, tl.cdiv(num_strips, STRIPS))):
         o_first, o_x, m_s = locate_strips(step, num_strips, H, W, F, STRIPS, COLS)
         p_in = p_h + o_first + o_c
         p_out = p_z + o_first + o_c
@@ -100,7 +107,7 @@ def forward_kernel(
             for i in tl.static_range(COLS + K - 1):
                 m_x = inside(m_s, o_x, i - BEFORE, W, COLS)
                 b_h = tl.load(p_in + (i - BEFORE) * F, mask=m_x & m_c, other=0.0).to(tl.float32)
-                b_g = b_g + (tl.where(m_x, _gelu(0.5 * b_h + b_bias, EXACT), 0.0),)
+                b_g = b_g + (tl.where(m_x, _gelu(0.5 * b_h + b_half_bias, EXACT), 0.0),)
             rows = ()
             for j in tl.static_range(K):
                 b_taps = load_taps(p_taps + (K - 1 - j) * K * F + o_c, m_c, F, K)
@@ -125,19 +132,20 @@ def forward_kernel(
 def backward_kernel(
     p_dz, p_h, p_bias, p_taps, p_dh, p_partials, num_strips, steps,
     H: tl.constexpr, W: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
-    STRIPS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
+    STRIPS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     BEFORE: tl.constexpr = (K - 1) // 2
     AFTER: tl.constexpr = K // 2
     o_c, m_c = locate_channels(F, STRIPS, BLOCK)
-    b_bias = 0.5 * tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_zero = tl.zeros([STRIPS, BLOCK], tl.float32)
     b_dbias = b_zero
     b_dconv_bias = b_zero
     b_dweight = ()
     for _ in tl.static_range(K * K):
         b_dweight = b_dweight + (b_zero,)
-    for step in range(tl.program_id(1) * steps, tl.program_id(1) * steps + steps):
+    first = tl.program_id(1) * steps
+    for step in range(first, min(first + steps, tl.cdiv(num_strips, STRIPS))):
         o_first, o_x, m_s = locate_strips(step, num_strips, H, W, F, STRIPS, COLS)
         p_centre = p_h + o_first + o_c
         p_reach = p_dz + o_first + o_c
@@ -149,7 +157,7 @@ def backward_kernel(
             for c in tl.static_range(COLS):
                 m_x = inside(m_s, o_x, c, W, COLS)
                 b_h = tl.load(p_centre + c * F, mask=m_x & m_c, other=0.0).to(tl.float32)
-                b_value, b_derivative = _gelu_and_slope(0.5 * b_h + b_bias, EXACT)
+                b_value, b_derivative = _gelu_and_slope(b_h + b_bias)
                 if W % COLS != 0:  # a column past the grid meets dz of the last one inside it
                     b_value = tl.where(m_x, b_value, 0.0)
                     b_derivative = tl.where(m_x, b_derivative, 0.0)
