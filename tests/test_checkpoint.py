@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def hashed(t: torch.Tensor) -> tuple[str, torch.dtype, tuple[int, ...]]:
-    return hashlib.sha256(t.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest(), t.dtype, tuple(t.shape)
+    data = t.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest(), t.dtype, tuple(t.shape)
 
 
 def save_one(folder: Path, seen: int, keep: int = 3) -> None:
@@ -183,7 +185,7 @@ def test_many_saves_leave_no_threads_files_or_memory_behind(folder):
     run, tensors = Checkpoints(folder, 2), values(1)
 
     def counts():
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
 
     run.save(1, tensors, {})
     run.wait()
@@ -240,14 +242,14 @@ def test_killed_at_any_point_of_a_save_the_newest_whole_one_loads(run_ranks, fol
     shutil.rmtree(folder)
     reached = [0]
     # Each run goes on where the last was killed, over what it left.
-    for point in random.Random(0).choices(range(1, total + 1), k=50):
+    for point in random.Random(0).choices(range(1, total + 1), k=40):
         [end] = run_ranks.outcomes(1, save_until_killed, folder, point, init=False)
         assert end.code == (-signal.SIGKILL if end.value is None else 0)
         assert not end.error
         newest = check_after_kill(folder)
         assert reached[-1] <= newest <= reached[-1] + 3
         reached.append(newest)
-    assert reached[-1] > 25
+    assert reached[-1] > 20
     run_ranks(1, save_until_killed, folder, 0, init=False)
     assert sorted(os.listdir(folder)) == [f"{reached[-1] + i:012d}" for i in (2, 3)]  # nothing is left of the kills
 
