@@ -17,12 +17,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fastdit import checkpoint, manifest
 from fastdit.checkpoint import Checkpoints
-from fastdit.config import UserError
+from fastdit.config import TrainConfig, UserError
+from fastdit.optim import Optimizer
 from fastdit.weights import load_weights, save_weights
 
 # Rows that no world size divides, fewer rows than ranks, one element, other dtypes; the second is sharded by columns.
@@ -196,6 +199,40 @@ def test_many_saves_leave_no_threads_files_or_memory_behind(folder):
     assert counts() == before
     assert {n: b.data_ptr() for n, b in run._buffers.items()} == buffers
     assert sorted(os.listdir(folder)) == ["000000000028", "000000000029"]
+
+
+def train(folder: Path, first: int, last: int, save: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Steps first … last - 1 of a sharded model with rows that do not divide; loaded, or saved, in the folder."""
+    torch.manual_seed(first)  # a fresh start has other weights
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    for layer in (net[0], net[2]):
+        fully_shard(layer, reshard_after_forward=False)
+    fully_shard(net, reshard_after_forward=False)
+    optimizer = Optimizer(net, TrainConfig(images=1000, lr=1e-2, warmup_images=16), 8)
+    run = Checkpoints(folder, 3)
+    if first:
+        assert run.load(optimizer.tensors()) == {"step": first}
+    norms = []
+    for step in range(first, last):
+        (net(torch.ones(2, 5)) - step - dist.get_rank()).square().mean().backward()
+        norms.append(float(optimizer.step(step * 8)))
+        if save and step == 2:
+            run.save((step + 1) * 8, optimizer.tensors(), {"step": step + 1}, optimizer.ema.full_tensors())
+    run.wait()
+    return whole(optimizer.tensors()), norms
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_resumed_optimizer_goes_on_to_the_bit(run_ranks, folder, world):
+    """And saving in the middle did not change the run that was saved from."""
+    plain = run_ranks(world, train, folder, 0, 6, False)
+    for (tensors, norms), (expected, norms_expected) in zip(run_ranks(world, train, folder, 0, 6, True), plain, strict=True):
+        assert equal(tensors, expected)
+        assert norms == norms_expected
+    for (tensors, norms), (expected, norms_expected) in zip(run_ranks(world, train, folder, 3, 6, False), plain, strict=True):
+        assert equal(tensors, expected)
+        assert norms == norms_expected[3:]
+    assert set(load_weights(folder / "000000000024" / "ema.safetensors")[0]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
 # --- killed at any moment ---

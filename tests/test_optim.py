@@ -62,7 +62,7 @@ def train(sharded: bool, steps: int, max_norm: float, poison: dict[int, int] | N
     norms, unchanged = [], []
     for step in range(steps):
         (net(torch.tensor([0, 1, 2, 1])) - step).square().mean().mul(10).backward()
-        before = {n: full(t) for n, t in optimizer.tensors().items() if n != "skips"}
+        before = {n: full(t) for n, t in optimizer.tensors().items() if n != "skips"} if poison else {}
         if poison and poison.get(step) == (dist.get_rank() if sharded else 0):
             grad = net.blocks[0].linear.weight.grad
             (grad.to_local() if sharded else grad)[0, 0] = [math.nan, math.inf][step % 2]
