@@ -4,8 +4,7 @@ import pytest
 import torch
 from fastdit_kernels import gate_residual_ln_modulate as module
 from fastdit_kernels.gate_residual_ln_modulate import gate_residual_ln_modulate
-from fastdit_kernels.ln_modulate import BACKWARD_PROGRAMS, BACKWARD_ROWS, FORWARD_PROGRAMS, FORWARD_ROWS
-from fastdit_kernels.partials import split_rows
+from fastdit_kernels.ln_modulate import backward_split, forward_split, ln_modulate
 from fastdit_kernels.reference import gate_residual_ln_modulate as reference
 
 SHAPES = [(2, 33, 768), (3, 5, 1152), (5, 33, 97)]  # B, T, D
@@ -38,7 +37,15 @@ def test_fp32_is_exact_to_a_millionth(errors, nan_filled, device, shape):
 def test_16_bit_errs_no_more_than_eager(errors, nan_filled, device, dtype, modulation, shape):
     given = inputs(shape, dtype, modulation, device)
     found = errors(gate_residual_ln_modulate, reference, given)
-    assert all(e.kernel <= 1.1 * e.reference for e in found.values()), found
+    # A millionth is what fp32 may err by: only a gradient of an fp32 modulation comes under it, all else is rounded to 16 bits.
+    assert all(e.kernel <= max(1.1 * e.reference, 1e-6) for e in found.values()), found
+
+
+def test_m_is_the_norm_of_the_residual_as_it_is_stored(device):
+    """Rounded first, so that backward, which reads the stored residual, differentiates what forward computed."""
+    given = inputs((2, 20, 768), torch.bfloat16, torch.bfloat16, device)
+    r, m = gate_residual_ln_modulate(**given)
+    assert torch.equal(m, ln_modulate(r, given["shift"], given["scale"]))
 
 
 @pytest.mark.parametrize("D", [1, 8192])
@@ -100,13 +107,13 @@ def test_bytes(recording, device):
     expected = module.traffic(B, T, D, 2, 2)
     with recording() as recorder:
         r, m, mean, rstd = module.forward(x, y, gate, shift, scale, module.run)
-    splits, _ = split_rows(B, T, FORWARD_PROGRAMS, FORWARD_ROWS)
+    splits, _ = forward_split(B, T, D)
     forward = recorder.traffic()
     assert forward.memory == expected["forward"]
     assert forward.programs == forward.memory + (splits - 1) * 3 * B * D * 2  # each program reads gate, shift and scale
     with recording() as recorder:
         module.backward(x, m, r, y, gate, scale, mean, rstd, module.run)
-    splits, _ = split_rows(B, T, BACKWARD_PROGRAMS, BACKWARD_ROWS)
+    splits, _ = backward_split(B, T, D)
     backward = recorder.traffic()
     assert backward.memory == expected["backward"]
     assert backward.programs == backward.memory + (splits - 1) * 2 * B * D * 2
@@ -115,17 +122,17 @@ def test_bytes(recording, device):
 def test_bytes_are_the_floor_and_the_partials():
     B, T, D = 32, 256, 768
     moved, elements = module.traffic(B, T, D, 2, 2), B * T * D
-    splits, _ = split_rows(B, T, BACKWARD_PROGRAMS, BACKWARD_ROWS)
+    splits, _ = backward_split(B, T, D)
     assert moved["forward"] == pytest.approx(8 * elements, rel=0.01)
     assert moved["backward"] == pytest.approx(12 * elements + 2 * B * splits * 3 * D * 4, rel=0.01)
 
 
 def test_offsets_beyond_32_bits(last_program, device):
     """The last rows of streams of more than 2³¹ elements, computed as the last program of their launch computes them."""
-    B, T, D, tail = 2, 132_000, 8192, 16
+    B, T, D, tail = 2, 133_120, 8192, 16
     x = torch.empty(B, T, D, dtype=torch.bfloat16, device=device)  # on a CPU, only the pages touched become memory
-    assert (x.numel() - 1024 * D) > 2**31
-    x[-1, -1024:] = torch.randn(1024, D).to(x)
+    assert x.numel() - 2100 * D > 2**31
+    x[-1, -2100:] = torch.randn(2100, D).to(x)  # more than the last program of either direction owns
     gate, shift, scale = torch.randn(3, B, D, device=device).bfloat16()
     end, g, a, s = x[-1:, -tail:].clone(), gate[-1:], shift[-1:], scale[-1:]
 
@@ -133,7 +140,6 @@ def test_offsets_beyond_32_bits(last_program, device):
     for of_all, of_end in zip(far, near, strict=True):
         assert torch.equal(of_all[-1:, -tail:], of_end)
     statistics = far[2:]
-    del far
     for t in statistics:
         t[:, :-tail] = 1  # backward's programs own more rows than forward's
 

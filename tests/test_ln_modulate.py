@@ -5,7 +5,6 @@ import torch
 import triton
 from fastdit_kernels import ln_modulate as module
 from fastdit_kernels.ln_modulate import ln_modulate
-from fastdit_kernels.partials import split_rows
 from fastdit_kernels.reference import ln_modulate as reference
 
 SHAPES = [(2, 33, 768), (3, 5, 1152), (5, 33, 97), (1, 70, 40)]  # B, T, D
@@ -34,7 +33,8 @@ def test_fp32_is_exact_to_a_millionth(errors, nan_filled, device, shape):
 )
 def test_16_bit_errs_no_more_than_eager(errors, nan_filled, device, dtype, modulation, shape):
     found = errors(ln_modulate, reference, inputs(shape, dtype, modulation, device))
-    assert all(e.kernel <= 1.1 * e.reference for e in found.values()), found
+    # A millionth is what fp32 may err by: only a gradient of an fp32 modulation comes under it, all else is rounded to 16 bits.
+    assert all(e.kernel <= max(1.1 * e.reference, 1e-6) for e in found.values()), found
 
 
 @pytest.mark.parametrize("D", [1, 8192])
@@ -103,13 +103,13 @@ def test_bytes(recording, device):
     expected = module.traffic(B, T, D, 2, 2)
     with recording() as recorder:
         _, mean, rstd = module.forward(x, shift, scale, module.run)
-    splits, _ = split_rows(B, T, module.FORWARD_PROGRAMS, module.FORWARD_ROWS)
+    splits, _ = module.forward_split(B, T, D)
     forward = recorder.traffic()
     assert forward.memory == expected["forward"]
     assert forward.programs == forward.memory + (splits - 1) * 2 * B * D * 2  # each program reads shift and scale
     with recording() as recorder:
         module.backward(x.clone(), x, scale, mean, rstd, module.run)
-    splits, _ = split_rows(B, T, module.BACKWARD_PROGRAMS, module.BACKWARD_ROWS)
+    splits, _ = module.backward_split(B, T, D)
     backward = recorder.traffic()
     assert backward.memory == expected["backward"]
     assert backward.programs == backward.memory + (splits - 1) * B * D * 2
@@ -118,17 +118,17 @@ def test_bytes(recording, device):
 def test_bytes_are_the_floor_and_the_partials():
     B, T, D = 32, 256, 768
     moved, elements = module.traffic(B, T, D, 2, 2), B * T * D
-    splits, _ = split_rows(B, T, module.BACKWARD_PROGRAMS, module.BACKWARD_ROWS)
+    splits, _ = module.backward_split(B, T, D)
     assert moved["forward"] == pytest.approx(4 * elements, rel=0.01)
     assert moved["backward"] == pytest.approx(6 * elements + 2 * B * splits * 2 * D * 4, rel=0.01)
 
 
 def test_offsets_beyond_32_bits(last_program, device):
     """The last rows of a stream of more than 2³¹ elements, computed as the last program of its launch computes them."""
-    B, T, D, tail = 2, 132_000, 8192, 16
+    B, T, D, tail = 2, 133_120, 8192, 16
     x = torch.empty(B, T, D, dtype=torch.bfloat16, device=device)  # on a CPU, only the pages touched become memory
-    assert (x.numel() - 1024 * D) > 2**31
-    x[-1, -1024:] = torch.randn(1024, D).to(x)
+    assert x.numel() - 2100 * D > 2**31
+    x[-1, -2100:] = torch.randn(2100, D).to(x)  # more than the last program of either direction owns
     shift, scale = torch.randn(2, B, D, device=device).bfloat16()
     end = x[-1:, -tail:].clone()
 

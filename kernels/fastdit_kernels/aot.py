@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from fastdit_kernels import gate_residual_ln_modulate, ln_modulate, sass
 from fastdit_kernels.launch import Launch
-from fastdit_kernels.partials import UNROLL, split_rows, sum_kernel
+from fastdit_kernels.partials import UNROLL, sum_kernel
 
 SAMPLES, TOKENS = 32, 256  # of one GPU's batch at 256×256 pixels
 WIDTHS = (768, 1024, 1152, 1536)
@@ -159,8 +159,8 @@ def ln_modulate_cases(B: int, T: int, D: int) -> list[Case]:
     moved = ln_modulate.traffic(B, T, D, ELEMENT, ELEMENT)
     x, packed, statistics = meta(B, T, D), meta(B, 6, D), meta(B, T, dtype=torch.float32)
     shift, scale = packed[:, 0], packed[:, 1]
-    forward_rows = split_rows(B, T, ln_modulate.FORWARD_PROGRAMS, ln_modulate.FORWARD_ROWS)[1]
-    backward_rows = split_rows(B, T, ln_modulate.BACKWARD_PROGRAMS, ln_modulate.BACKWARD_ROWS)[1]
+    forward_rows = ln_modulate.forward_split(B, T, D)[1]
+    backward_rows = ln_modulate.backward_split(B, T, D)[1]
     return [
         Case(
             "ln_modulate forward", D, B * T * D, 4, moved["forward"],
@@ -179,8 +179,8 @@ def gate_residual_ln_modulate_cases(B: int, T: int, D: int) -> list[Case]:
     moved = gate_residual_ln_modulate.traffic(B, T, D, ELEMENT, ELEMENT)
     x, packed, statistics = meta(B, T, D), meta(B, 6, D), meta(B, T, dtype=torch.float32)
     gate, shift, scale = packed[:, 2], packed[:, 3], packed[:, 4]
-    forward_rows = split_rows(B, T, ln_modulate.FORWARD_PROGRAMS, ln_modulate.FORWARD_ROWS)[1]
-    backward_rows = split_rows(B, T, ln_modulate.BACKWARD_PROGRAMS, ln_modulate.BACKWARD_ROWS)[1]
+    forward_rows = ln_modulate.forward_split(B, T, D)[1]
+    backward_rows = ln_modulate.backward_split(B, T, D)[1]
     return [
         Case(
             "gate_residual_ln_modulate forward", D, B * T * D, 8, moved["forward"],
@@ -212,13 +212,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         return " ".join(f"{count}×{width}b" for width, count in sorted(counts.items(), key=lambda item: -int(item[0])))
 
     lines = [
-        f"{'op, kernel':48} {'arch':5} {'width':>5} {'regs':>4} {'spills':>6} {'stack':>5} {'fp64':>4}  {'loads':16} stores",
+        f"{'op, kernel':51} {'arch':5} {'width':>5} {'regs':>4} {'spills':>6} {'stack':>5} {'fp64':>4}  {'loads':16} stores",
         "  bytes, instructions and special-function results per element; lower bounds in µs, not measurements",
     ]
     for row in rows:
         for k in row["kernels"]:
             lines.append(
-                f"{row['op'] + ', ' + k['kernel']:48} {row['arch']:5} {row['width']:5} {k['registers']:4} {k['spills']:6}"
+                f"{row['op'] + ', ' + k['kernel']:51} {row['arch']:5} {row['width']:5} {k['registers']:4} {k['spills']:6}"
                 f" {k['stack']:5} {k['fp64']:4}  {widths(k['loads']):16} {widths(k['stores'])}"
             )
         bound = ", ".join(f"{name} {microseconds:.1f}" for name, microseconds in row["bound_us"].items())

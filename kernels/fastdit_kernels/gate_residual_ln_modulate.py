@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastdit_kernels.checks import STREAM_DTYPES, require, require_stream
 from fastdit_kernels.launch import Launch, block_and_warps, run, skip
-from fastdit_kernels.ln_modulate import BACKWARD_PROGRAMS, BACKWARD_ROWS, FORWARD_PROGRAMS, FORWARD_ROWS
-from fastdit_kernels.partials import split_rows, sum_partials
+from fastdit_kernels.ln_modulate import backward_split, forward_split
+from fastdit_kernels.partials import sum_partials
 from fastdit_kernels.reference import EPS
 
 __all__ = ["gate_residual_ln_modulate"]
@@ -97,7 +97,7 @@ def forward(
     r, m = torch.empty_like(x), torch.empty_like(x)
     mean, rstd = (torch.empty(B, T, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel():
-        splits, rows = split_rows(B, T, FORWARD_PROGRAMS, FORWARD_ROWS)
+        splits, rows = forward_split(B, T, D)
         block, num_warps = block_and_warps(D)
         launch(
             forward_kernel, (B, splits), num_warps, p_x=x, p_y=y, p_gate=gate, p_shift=shift, p_scale=scale, p_r=r, p_m=m,
@@ -124,7 +124,7 @@ def backward(
     if not r.numel():
         return dx, dy, gate.new_zeros(B, 3, D)
     dmod = gate.new_empty(B, 3, D)
-    splits, rows = split_rows(B, T, BACKWARD_PROGRAMS, BACKWARD_ROWS)
+    splits, rows = backward_split(B, T, D)
     block, num_warps = block_and_warps(D)
     partials = torch.empty(B, splits, 3 * D, dtype=torch.float32, device=r.device)
     # Eighty registers let 24 warps share an SM. ptxas would take a hundred at eight warps; only fp32 streams need them.
@@ -143,7 +143,7 @@ def traffic(B: int, T: int, D: int, stream: int, modulation: int) -> dict[str, i
 
     The floor of 4 and 6 streams; the statistics; the modulation and its gradient; and the fp32 partials, written and read.
     """
-    splits, _ = split_rows(B, T, BACKWARD_PROGRAMS, BACKWARD_ROWS)
+    splits, _ = backward_split(B, T, D)
     statistics = 8 * B * T
     return {
         "forward": 4 * B * T * D * stream + statistics + 3 * B * D * modulation,

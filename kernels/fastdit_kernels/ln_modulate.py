@@ -22,10 +22,15 @@ from fastdit_kernels.reference import EPS
 
 __all__ = ["ln_modulate"]
 
-# Programs to aim for, and the fewest rows in one. Forward: sixteen resident on each SM of an A100 or an H100, and every program
-# reads its sample's shift and scale again, out of L2. Backward: four on each SM, and every program writes a partial.
-FORWARD_PROGRAMS, FORWARD_ROWS = 2048, 4
-BACKWARD_PROGRAMS, BACKWARD_ROWS = 512, 16
+
+def forward_split(B: int, T: int, D: int) -> tuple[int, int]:
+    """(programs a sample, rows each). 8192 warps fill an A100 or H100; each program reads its modulation again, out of L2."""
+    return split_rows(B, T, 8192 // block_and_warps(D)[1], 4)
+
+
+def backward_split(B: int, T: int, D: int) -> tuple[int, int]:
+    """(programs a sample, rows each). 2048 warps, some 16 on each SM: each program writes a partial, and has more to load."""
+    return split_rows(B, T, 2048 // block_and_warps(D)[1], 16)
 
 
 @triton.jit
@@ -83,7 +88,7 @@ def forward(x: Tensor, shift: Tensor, scale: Tensor, launch: Launch) -> tuple[Te
     m = torch.empty_like(x)
     mean, rstd = (torch.empty(B, T, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel():
-        splits, rows = split_rows(B, T, FORWARD_PROGRAMS, FORWARD_ROWS)
+        splits, rows = forward_split(B, T, D)
         block, num_warps = block_and_warps(D)
         launch(
             forward_kernel, (B, splits), num_warps, p_x=x, p_shift=shift, p_scale=scale, p_m=m, p_mean=mean, p_rstd=rstd, T=T,
@@ -99,7 +104,7 @@ def backward(dm: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, l
     if not x.numel():
         return dx, scale.new_zeros(B, 2, D)
     dmod = scale.new_empty(B, 2, D)
-    splits, rows = split_rows(B, T, BACKWARD_PROGRAMS, BACKWARD_ROWS)
+    splits, rows = backward_split(B, T, D)
     block, num_warps = block_and_warps(D)
     partials = torch.empty(B, splits, 2 * D, dtype=torch.float32, device=x.device)
     launch(
@@ -115,7 +120,7 @@ def traffic(B: int, T: int, D: int, stream: int, modulation: int) -> dict[str, i
 
     The floor of 2 and 3 streams; the statistics; the modulation and its gradient; and the fp32 partials, written and read.
     """
-    splits, _ = split_rows(B, T, BACKWARD_PROGRAMS, BACKWARD_ROWS)
+    splits, _ = backward_split(B, T, D)
     statistics = 8 * B * T
     return {
         "forward": 2 * B * T * D * stream + statistics + 2 * B * D * modulation,
