@@ -17,21 +17,19 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastdit import images, vae
 from fastdit.config import Config, DataConfig, UserError
 from fastdit.packs import FORMAT, Batch, Manifest, Pack, normalise, read_manifest, verify
-from fastdit.parallel import World
+from fastdit.parallel import World, every, gather, once
 
 __all__ = ["Batch", "Manifest", "Pack", "ensure", "open_pack", "read_manifest", "verify"]
 
-T = TypeVar("T")
 Progress = Callable[[int, int, int], None]  # images done, images in all, images skipped
 
 CHUNK = 256  # images between two commits; what a kill can cost each rank
@@ -52,12 +50,12 @@ def ensure(
     """
     if world.rank:
         log, progress = (lambda line: None), (lambda done, total, skipped: None)
-    path = _first(world, lambda: folder(config.data))
-    if not _first(world, path.exists):
+    path = once(world, lambda: folder(config.data))
+    if not once(world, path.exists):
         _encode(config, world, path, log, progress)
     elif world.rank == 0:
         shutil.rmtree(_staging(path), ignore_errors=True)  # a kill between naming the pack and clearing up leaves it
-    manifest = _first(world, lambda: read_manifest(path))
+    manifest = once(world, lambda: read_manifest(path))
     _fits(config, manifest.image_shape, manifest.num_classes, manifest.vae)
     return path
 
@@ -114,45 +112,14 @@ def _fits(config: Config, shape: tuple[int, ...], num_classes: int, vae_name: st
         raise UserError(f"--model.num_classes is {m.num_classes}; the images have {num_classes} classes (0 ignores them)")
 
 
-# --- all ranks as one ---
-
-
-def _gather(world: World, value: T) -> list[T]:
-    """The values of all ranks, on every rank."""
-    gathered: list[Any] = [value] * world.size
-    if world.size > 1:
-        dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def _every(world: World, function: Callable[[], T]) -> T:
-    """function() on every rank. Where it fails on one, by the user's doing or the disk's, all raise the same UserError."""
-    error = ""
-    try:
-        result = function()
-    except UserError as e:
-        error = str(e)
-    except OSError as e:
-        error = f"{e.filename or 'encoding'}: {e.strerror or e}"
-    if errors := [e for e in _gather(world, error) if e]:
-        raise UserError(errors[0])
-    return result
-
-
-def _first(world: World, function: Callable[[], T]) -> T:
-    """function() of rank 0, on every rank."""
-    result = _every(world, lambda: function() if world.rank == 0 else None)
-    return _gather(world, result)[0]  # type: ignore[return-value]
-
-
 # --- encoding ---
 
 
 def _encode(config: Config, world: World, path: Path, log: Callable[[str], None], progress: Progress | None) -> None:
     data, staging = config.data, _staging(path)
     cores = len(os.sched_getaffinity(0)) // world.local_size
-    source = _every(world, lambda: images.open_images(data, threads=max(1, cores)))
-    autoencoder = _every(world, lambda: vae.load(data, world.device) if data.vae else None)
+    source = every(world, lambda: images.open_images(data, threads=max(1, cores)))
+    autoencoder = every(world, lambda: vae.load(data, world.device) if data.vae else None)
     shape = (3, *data.image_size)
     if autoencoder:
         if any(side % autoencoder.factor for side in data.image_size):
@@ -162,8 +129,8 @@ def _encode(config: Config, world: World, path: Path, log: Callable[[str], None]
     _fits(config, shape, len(source.class_names) or int(source.labelled), data.vae)
 
     with contextlib.ExitStack() as stack:
-        _first(world, lambda: stack.enter_context(_locked(staging)))
-        if _first(world, path.exists):  # another process finished it meanwhile
+        once(world, lambda: stack.enter_context(_locked(staging)))
+        if once(world, path.exists):  # another process finished it meanwhile
             return
         num_chunks = -(-source.length // CHUNK)
         log(f"encoding {source.name} into {path}; {len(list(staging.glob('*.json')))} of {num_chunks} chunks are there already")
@@ -172,20 +139,20 @@ def _encode(config: Config, world: World, path: Path, log: Callable[[str], None]
         start = logged = time.monotonic()
         for first in range(0, num_chunks, world.size):
             encode = functools.partial(_chunk, source, autoencoder, staging, first + world.rank)
-            for part in filter(None, _gather(world, _every(world, encode))):
+            for part in filter(None, gather(world, every(world, encode))):
                 parts.append(part)
                 skipped += part["skipped"]
             if len(skipped) > data.max_bad * source.length:
-                _first(world, functools.partial(_reject, path, skipped, source.length, data.max_bad))
+                once(world, functools.partial(_reject, path, skipped, source.length, data.max_bad))
             done = min((first + world.size) * CHUNK, source.length)
             if progress:
                 progress(done, source.length, len(skipped))
             elif time.monotonic() - logged > 10:
                 logged = time.monotonic()
                 log(f"encoded {done:,} of {source.length:,} images")
-        count = _first(world, lambda: _join(data, source, autoencoder, staging, path, parts))
+        count = once(world, lambda: _join(data, source, autoencoder, staging, path, parts))
         log(f"encoded {count:,} images in {time.monotonic() - start:.1f} s; {len(skipped)} skipped")
-    if not all(_gather(world, path.exists())):
+    if not all(gather(world, path.exists())):
         raise UserError(f"{path} is not there on every node; --data.packs must be a folder that all nodes share")
 
 

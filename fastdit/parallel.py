@@ -134,7 +134,7 @@ def every(world: World, function: Callable[[], T]) -> T:
     return result
 
 
-def first(world: World, function: Callable[[], T]) -> T:
+def once(world: World, function: Callable[[], T]) -> T:
     """function() of rank 0, on every rank."""
     result = every(world, lambda: function() if world.rank == 0 else None)
     return gather(world, result)[0]  # type: ignore[return-value]

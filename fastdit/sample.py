@@ -88,7 +88,7 @@ def sample(options: Options) -> None:
         for start in track(starts, "sampling", console=console, disable=not console.is_terminal)
     ]
     images = torch.cat([part for parts in parallel.gather(world, parts) for part in parts])
-    out = parallel.first(world, lambda: write(images, Path(options.out) if options.out else folder(weights), config, options))
+    out = parallel.once(world, lambda: write(images, Path(options.out) if options.out else folder(weights), config, options))
     parallel.shutdown()
     console.print(f"{len(images)} pictures of {weights}: {out}", highlight=False, soft_wrap=True)
 

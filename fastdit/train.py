@@ -6,6 +6,7 @@
 import dataclasses
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -62,13 +63,10 @@ def train(config: Config) -> int:
     """The whole run, from wherever it stands to its last image. Returns 0, or 128 + the signal that stopped it."""
     world = parallel.init(config.parallel)
     stop = parallel.Stop(world)
-    config, folder = parallel.first(world, lambda: open_run(config))
+    config, folder = parallel.once(world, lambda: open_run(config))
     batch = config.train.batch * config.train.grad_accum * world.size
 
-    pack_folder = latents.ensure(config, world)
-    pack = latents.Pack(
-        pack_folder, world.device, config.run.seed, config.data.hflip, config.data.device_gib, config.train.batch * world.size
-    )
+    pack = parallel.every(world, lambda: latents.open_pack(config, world))
     model = build(config, world)
     optimizer = Optimizer(model, config.train, batch)
     m = config.model
@@ -80,7 +78,8 @@ def train(config: Config) -> int:
         device=world.device,
     )
 
-    checkpoints = Checkpoints(folder / "checkpoints", config.log.keep)
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    checkpoints = Checkpoints(folder / "checkpoints", config.log.keep, timeout=timeout)
     images_seen = resume(checkpoints, optimizer, batch)
     autoencoder = vae.load(config.data, world.device) if config.data.vae else None
     meter = Meter(
