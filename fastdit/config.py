@@ -63,6 +63,8 @@ class ModelConfig:
     class_dropout: float = 0.0  # share of labels replaced by the null class, for classifier-free guidance
     learn_sigma: bool = False  # predict the reverse process's variance too (twice the output channels)
     qk_norm: bool = False  # RMS-normalise q and k per head
+    time_embedding: Literal["dit", "diffusers", "seed"] = "dit"  # whose sinusoids of t: others fit weights trained elsewhere
+    position: Literal["learned", "fixed"] = "learned"  # embedding of the token's place, from a sinusoidal start
 
 
 @dataclass(frozen=True)

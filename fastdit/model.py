@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdit.config import ModelConfig
 from fastdit.draws import generator
+from fastdit.pretrained import Pretrained
 
 FREQUENCIES = 256  # sinusoids that embed the timestep
 
@@ -111,17 +112,18 @@ class FinalLayer(nn.Module):
         return self.linear(self.ops.gate_residual_ln_modulate(x, y, gate, shift, scale)[1])
 
 
-class DiT(nn.Module):
+class DiT(Pretrained):
     """The whole network. `ops` computes its fused parts; `recompute` trades a second forward of the blocks for memory."""
 
     def __init__(self, config: ModelConfig, ops: Ops, recompute: bool = False):
-        super().__init__()
+        super().__init__(config, ops)
         self.config = config
         D, L = config.width, config.depth
         rows, columns = (side // config.patch for side in config.input_size)
         self.x_embedder = nn.Linear(config.channels * config.patch**2, D)
-        self.pos_embed = nn.Parameter(torch.empty(rows * columns, D))
-        self.t_embedder = nn.Sequential(nn.Linear(FREQUENCIES, D), nn.SiLU(), nn.Linear(D, D))
+        self.pos_embed = nn.Parameter(torch.empty(rows * columns, D), requires_grad=config.position == "learned")
+        between = nn.GELU(approximate="tanh") if config.time_embedding == "seed" else nn.SiLU()
+        self.t_embedder = nn.Sequential(nn.Linear(num_frequencies(config), D), between, nn.Linear(D, D))
         num_rows = config.num_classes + (config.class_dropout > 0)  # the last row is the null class
         self.y_embedder = nn.Embedding(num_rows, D) if config.num_classes else None
         # One projection makes every block's six vectors and the final layer's two: they all read the same SiLU(c).
@@ -132,7 +134,8 @@ class DiT(nn.Module):
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
         """The modulation of all blocks, [B, 6·L + 2, D], from timesteps t [B] and labels y [B] (None: unconditional)."""
         dtype = self.adaLN_modulation.weight.dtype
-        c = self.t_embedder(timestep_embedding(t, FREQUENCIES).to(dtype))
+        sinusoids = timestep_embedding(t, num_frequencies(self.config), self.config.time_embedding != "dit")
+        c = self.t_embedder(sinusoids.to(dtype))
         if self.y_embedder is not None:
             assert y is not None, "a class-conditional model needs labels"
             c = c + self.y_embedder(y)
@@ -155,6 +158,13 @@ class DiT(nn.Module):
             h, update = block(h, update, vectors)
         out = self.final_layer(h, update, last).float()
         return unpatchify(out, self.config)
+
+    def fixed(self) -> dict[str, Tensor]:
+        """The position embedding, where it is not learned: no training changes it, and files of weights may lack it."""
+        if self.config.position == "learned":
+            return {}
+        rows, columns = (side // self.config.patch for side in self.config.input_size)
+        return {"pos_embed": position_embedding(rows, columns, self.config.width)}
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -204,11 +214,19 @@ def unpatchify(tokens: Tensor, config: ModelConfig) -> Tensor:
     return x.reshape(B, -1, rows * p, columns * p)
 
 
-def timestep_embedding(t: Tensor, size: int) -> Tensor:
-    """cos and sin of t [B] at `size`/2 frequencies from 1 to 1/10,000, in fp32: [B, size] (GLIDE; DiT, §3.2)."""
+def num_frequencies(config: ModelConfig) -> int:
+    """Sinusoids that embed the timestep: 256, but as many as the width in the seed repository's models."""
+    return config.width if config.time_embedding == "seed" else FREQUENCIES
+
+
+def timestep_embedding(t: Tensor, size: int, endpoint: bool = False) -> Tensor:
+    """cos and sin of t [B] at `size`/2 frequencies from 1 to 1/10,000, in fp32: [B, size] (GLIDE; DiT, §3.2).
+
+    endpoint: whether 1/10,000 is the last frequency, as in diffusers' DiT, or would be the next, as in the paper's code.
+    """
     half = size // 2
     t = t if t.dtype == torch.float64 else t.float()
-    frequencies = torch.exp(torch.arange(half, dtype=t.dtype, device=t.device) * (-math.log(10_000) / half))
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=t.dtype, device=t.device) / (half - endpoint))
     angles = t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -230,7 +248,7 @@ def macs_per_image(config: ModelConfig) -> dict[str, int]:
     D, L, p, r = config.width, config.depth, config.patch, config.mlp_ratio
     T = math.prod(side // p for side in config.input_size)
     return {
-        "embed": T * config.channels * p * p * D + FREQUENCIES * D + D * D,
+        "embed": T * config.channels * p * p * D + num_frequencies(config) * D + D * D,
         "modulation": (6 * L + 2) * D * D,  # per image, not per token
         "qkv and proj": L * 4 * T * D * D,
         "attention": L * 2 * T * T * D,

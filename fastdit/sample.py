@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fastdit import config as configs
-from fastdit import parallel, pictures, vae
+from fastdit import parallel, pictures, pretrained, vae
 from fastdit.config import Config, UserError
 from fastdit.model import DiT
 from fastdit.parallel import World
@@ -26,7 +26,7 @@ from fastdit.weights import load_weights
 
 @dataclass(frozen=True)
 class Options:
-    source: Annotated[str, tyro.conf.Positional]  # run folder, one of its checkpoints, or a safetensors file of ours
+    source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported folder or safetensors file
     num: int = 64  # pictures to make
     first: int = 0  # number of the first; pictures are numbered per seed
     seed: int = 0  # picture n of a seed is always the same
@@ -99,7 +99,8 @@ def locate(source: Path) -> tuple[Path, Config]:
         raise UserError(f"{source} does not exist; name a run folder or a safetensors file")
     weights = source
     if source.is_dir():
-        found = sorted([*source.glob("ema.safetensors"), *source.glob("checkpoints/[0-9]*[0-9]/ema.safetensors")])
+        names = (pretrained.WEIGHTS, "ema.safetensors", "checkpoints/[0-9]*[0-9]/ema.safetensors")
+        found = sorted(path for name in names for path in source.glob(name))
         if not found:
             raise UserError(f"{source} holds no checkpoint yet")
         weights = found[-1]
@@ -114,16 +115,9 @@ def load(weights: Path, config: Config, world: World) -> DiT:
     """The model on its weights, whole, in the precision it computes in."""
     head_dim = config.model.width // config.model.num_heads
     dtype = parallel.DTYPES[config.parallel.precision]
-    tensors, _ = load_weights(weights)
     with torch.device("meta"):
         model = DiT(config.model, REFERENCE._replace(attention=choose_attention("auto", world.device, dtype, head_dim)))
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    for name in expected.keys() | tensors.keys():
-        if name not in tensors or name not in expected or tensors[name].shape != expected[name]:
-            here = tuple(tensors[name].shape) if name in tensors else "missing"
-            there = tuple(expected[name]) if name in expected else "unknown"
-            raise UserError(f"{weights} does not fit its config: {name} is {here} in the file, {there} in the model")
-    model.load_state_dict({name: t.to(world.device, dtype) for name, t in tensors.items()}, assign=True)
+    model.assign(load_weights(weights)[0], str(weights), dtype, world.device)
     return model.eval().requires_grad_(False)
 
 

@@ -16,6 +16,7 @@ RANKS = [
     {"fastdit_kernels"},
     {"config", "draws", "manifest"},
     {"cats", "gauges", "trackers", "weights"},
+    {"pretrained"},
     {"model", "diffusion", "vae", "images", "parallel", "optim", "checkpoint", "meter", "packs"},
     {"latents", "pictures"},
     {"train", "encode", "sample"},
