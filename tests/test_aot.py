@@ -78,3 +78,48 @@ def test_memory_binds_the_adaln_kernels(rows):
     for row in rows:
         if row["op"].split()[0] in ADALN:
             assert row["bound_by"] == "bytes", (row["op"], row["width"], row["device"], row["bound_us"])
+
+
+def test_gelu_dwconv_for_every_kernel_size_on_both_devices(rows):
+    seen = {(row["op"], row["width"], row["arch"]) for row in rows if row["op"].startswith("gelu_dwconv ")}
+    sizes = [(3072, 3), (4608, 3), (3072, 4), (3072, 5)]
+    directions = [(f"gelu_dwconv K={K} {direction}", F) for F, K in sizes for direction in ("forward", "backward")]
+    assert seen == {(op, F, arch) for op, F in directions for arch in ("sm_80", "sm_90")}
+
+
+@pytest.mark.parametrize("K", [3, 4, 5])
+def test_gelu_dwconv_moves_its_streams_128_bits_at_a_time(rows, K):
+    """But the backward of K > 3, whose K² sums leave a thread room for four channels: 64 bits. Partials are stored in 32."""
+    bits, (columns_ahead, columns_back) = {3: ("128", (4, 2)), 4: ("64", (2, 4)), 5: ("64", (2, 4))}[K]
+    taps = K * K * 2  # eight fp32 are two accesses
+    for _, kernel in kernels(rows, f"gelu_dwconv K={K} ", "forward_kernel"):
+        assert kernel["loads"] == {"128": columns_ahead + K - 1 + taps + 2}  # h, taps, biases
+        assert kernel["stores"] == {"128": columns_ahead * (1 + K // 2)}  # a row, and the last ones
+    for _, kernel in kernels(rows, f"gelu_dwconv K={K} ", "backward_kernel"):
+        streams = columns_back + K * (columns_back + K - 1) + 1  # h, dz, bias
+        expected = {"128": streams + taps} if K == 3 else {"64": streams, "128": taps // 2}
+        assert kernel["loads"] == expected
+        assert kernel["stores"] == {bits: columns_back, "32": K * K + 2}
+    for _, kernel in kernels(rows, f"gelu_dwconv K={K} ", "sum_kernel"):
+        assert set(kernel["loads"]) == {"128"}
+
+
+@pytest.mark.parametrize(("K", "forward", "backward"), [(3, 26, 54), (4, 43, 70), (5, 60, 107)])
+def test_gelu_dwconv_instructions_per_element(rows, K, forward, backward):
+    """Nine loads and as many GELUs would be 132 forward, three of each 45 (K = 3)."""
+    for direction, limit in (("forward", forward), ("backward", backward)):
+        found = [row["instructions_per_element"] for row in rows if row["op"] == f"gelu_dwconv K={K} {direction}"]
+        assert len(found) >= 2
+        assert max(found) <= limit, found
+
+
+def test_gelu_dwconv_moves_at_most_8_percent_over_the_floor(rows):
+    for row in rows:
+        if row["op"].startswith("gelu_dwconv "):
+            assert row["bytes_per_element"] <= 1.08 * row["floor_bytes_per_element"], (row["op"], row["width"])
+
+
+def test_memory_binds_the_3x3_convolution(rows):
+    for row in rows:
+        if row["op"].startswith("gelu_dwconv K=3 "):
+            assert row["bound_by"] == "bytes", (row["op"], row["width"], row["device"], row["bound_us"])

@@ -11,6 +11,7 @@ What is compiled is what an op launches: its own function runs on meta tensors w
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +22,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdit_kernels import gate_residual_ln_modulate, ln_modulate, sass
+from fastdit_kernels import gate_residual_ln_modulate, gelu_dwconv, ln_modulate, sass
 from fastdit_kernels.launch import Launch
 from fastdit_kernels.partials import UNROLL, sum_kernel
 
 SAMPLES, TOKENS = 32, 256  # of one GPU's batch at 256×256 pixels
 WIDTHS = (768, 1024, 1152, 1536)
+HIDDEN = ((3072, 3), (4608, 3), (3072, 4), (3072, 5))  # width of the MLP, and side of its convolution
 ELEMENT = 2  # bytes of a bf16
 
 
@@ -195,14 +197,35 @@ def gate_residual_ln_modulate_cases(B: int, T: int, D: int) -> list[Case]:
     ]  # fmt: skip
 
 
+def gelu_dwconv_cases(B: int, side: int, F: int, K: int) -> list[Case]:
+    moved = gelu_dwconv.traffic(B, side, side, F, K, ELEMENT, ELEMENT)
+    h, bias, taps = meta(B, side * side, F), meta(F), meta(K * K, F, dtype=torch.float32)
+    forward_steps = gelu_dwconv.forward_split(B, side, side, K).steps
+    backward_steps = gelu_dwconv.backward_split(B, side, side, K).steps
+    return [
+        Case(
+            f"gelu_dwconv K={K} forward", F, h.numel(), 4, moved["forward"],
+            lambda launch: gelu_dwconv.forward(h, bias, taps, bias, side, side, False, launch),
+            {"forward_kernel": (forward_steps, side)},
+        ),
+        Case(
+            f"gelu_dwconv K={K} backward", F, h.numel(), 6, moved["backward"],
+            lambda launch: gelu_dwconv.backward(h, h, bias, taps, side, side, launch),
+            {"backward_kernel": (backward_steps, side)},
+        ),
+    ]  # fmt: skip
+
+
 def cases() -> list[Case]:
     """What the table shows and the tests hold to the bar: every op, forward and backward, at every width."""
-    return [
+    adaln = [
         case
         for D in WIDTHS
         for of_op in (ln_modulate_cases, gate_residual_ln_modulate_cases)
         for case in of_op(SAMPLES, TOKENS, D)
     ]
+    side = math.isqrt(TOKENS)
+    return adaln + [case for F, K in HIDDEN for case in gelu_dwconv_cases(SAMPLES, side, F, K)]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
