@@ -11,6 +11,7 @@ from fastdit_kernels.triton_ops import TRITON
 from torch import nn
 from torch._inductor.utils import run_fw_bw_and_get_code
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 B, T, D = 2, 13, 40
 
@@ -69,6 +70,17 @@ def test_a_block_has_the_references_loss_and_gradients(train):
     for name in expected:
         error = (gradients[name] - expected[name]).norm() / expected[name].norm()
         assert error <= 1e-5, (name, error)
+
+
+def test_a_block_recomputed_in_backward_has_the_same_gradients(train, device):
+    """Activation checkpointing hands each saved tensor out once."""
+    torch.manual_seed(0)
+    block, x, c = Block(TRITON).to(device), torch.randn(B, T, D, device=device), torch.randn(B, D, device=device)
+    checkpoint(block, x.requires_grad_(), c, use_reentrant=False).square().mean().backward()
+    _, expected, _ = train(TRITON)
+    assert torch.equal(x.grad, expected["x"])
+    for name, parameter in block.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
 
 
 def test_a_block_compiles_whole_with_no_copy_of_a_modulation_view(train):

@@ -184,9 +184,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dr: Tensor | None, dm: Tensor | None, _mean: None, _rstd: None) -> tuple[Tensor, ...]:
-    r = ctx.saved_tensors[0]
+    r, *rest = ctx.saved_tensors  # read once: recomputed activations are handed out a single time
     dm = torch.zeros_like(r) if dm is None else dm.contiguous()  # autograd may hand over an expanded scalar
-    dx, dy, dmod = _backward_op(None if dr is None else dr.contiguous(), dm, *ctx.saved_tensors)
+    dx, dy, dmod = _backward_op(None if dr is None else dr.contiguous(), dm, r, *rest)
     return dx, dy, *dmod.unbind(1)
 
 
