@@ -133,7 +133,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
     kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: Triton on a GPU, plain PyTorch elsewhere
-    attention: Literal["auto", "sdpa", "flash"] = "auto"  # auto: flash-attn where it is installed and fits, else SDPA
+    attention: Literal["auto", "eager", "sdpa", "flash"] = "auto"  # auto: flash-attn where installed; on a CPU eager; else SDPA
 
 
 # The DiT paper's sizes (arXiv 2212.09748, table 1): depth, width, heads.

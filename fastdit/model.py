@@ -9,12 +9,14 @@ from collections.abc import Iterator
 
 import torch
 from fastdit_kernels import Ops
+from fastdit_kernels.attention import choose_attention
+from fastdit_kernels.reference import REFERENCE
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastdit.config import ModelConfig
+from fastdit.config import Config, ModelConfig, UserError
 from fastdit.draws import generator
 from fastdit.pretrained import Pretrained
 
@@ -197,6 +199,21 @@ class DiT(Pretrained):
         return nn.init.xavier_uniform_(value, generator=rng)
 
 
+def choose_ops(config: Config, device: torch.device) -> Ops:
+    """The kernels that --kernels and --attention mean on this device. Raises UserError."""
+    m, dtype = config.model, torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+    num_tokens = math.prod(side // m.patch for side in m.input_size)
+    try:
+        attention = choose_attention(config.attention, device, dtype, m.width // m.num_heads, num_tokens)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if config.kernels == "reference" or (config.kernels == "auto" and device.type != "cuda"):
+        return REFERENCE._replace(attention=attention)
+    from fastdit_kernels.triton_ops import TRITON  # here: it imports triton, which only Linux has
+
+    return TRITON._replace(attention=attention)
+
+
 def out_channels(config: ModelConfig) -> int:
     return 2 * config.channels if config.learn_sigma else config.channels
 
@@ -265,7 +282,5 @@ def train_flops_per_image(config: ModelConfig) -> int:
 
 def named_shapes(config: ModelConfig) -> Iterator[tuple[str, torch.Size]]:
     """Every parameter's name and full shape, without allocating any."""
-    from fastdit_kernels.reference import REFERENCE
-
     with torch.device("meta"):
         yield from ((name, p.shape) for name, p in DiT(config, REFERENCE).named_parameters())

@@ -11,15 +11,13 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from fastdit_kernels.attention import choose_attention
-from fastdit_kernels.reference import REFERENCE
 from rich.console import Console
 from rich.progress import track
 
 from fastdit import config as configs
 from fastdit import parallel, pictures, pretrained, vae
 from fastdit.config import Config, UserError
-from fastdit.model import DiT
+from fastdit.model import DiT, choose_ops
 from fastdit.parallel import World
 from fastdit.weights import load_weights
 
@@ -113,10 +111,9 @@ def locate(source: Path) -> tuple[Path, Config]:
 
 def load(weights: Path, config: Config, world: World) -> DiT:
     """The model on its weights, whole, in the precision it computes in."""
-    head_dim = config.model.width // config.model.num_heads
     dtype = parallel.DTYPES[config.parallel.precision]
     with torch.device("meta"):
-        model = DiT(config.model, REFERENCE._replace(attention=choose_attention("auto", world.device, dtype, head_dim)))
+        model = DiT(config.model, choose_ops(config, world.device))
     model.assign(load_weights(weights)[0], str(weights), dtype, world.device)
     return model.eval().requires_grad_(False)
 

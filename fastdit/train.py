@@ -10,8 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from fastdit_kernels import Ops
-from fastdit_kernels.attention import choose_attention, sdpa
+from fastdit_kernels.attention import eager, sdpa
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from fastdit.config import Config, UserError
 from fastdit.diffusion import Objective
 from fastdit.gauges import peak_tflops
 from fastdit.meter import Meter, summary
-from fastdit.model import DiT, train_flops_per_image
+from fastdit.model import DiT, choose_ops, train_flops_per_image
 from fastdit.optim import Optimizer, lr_at
 from fastdit.parallel import World
 
@@ -149,7 +148,7 @@ def describe(config: Config, world: World, pack: latents.Pack, model: DiT, image
     t, m, seen = config.train, config.model, pack.manifest
     gpu = world.device.type == "cuda"
     name = torch.cuda.get_device_name(world.device) if gpu else "CPU"
-    chosen = ops(config, world.device)
+    chosen = choose_ops(config, world.device)
     summary(
         recipe=config.run.name,
         folder=folder,
@@ -162,7 +161,7 @@ def describe(config: Config, world: World, pack: latents.Pack, model: DiT, image
         total_images=t.images,
         dataset=f"{seen.count:,} images, {seen.num_classes} classes, {'resident' if pack.resident else 'read ahead from disk'}",
         kernels="PyTorch reference" if chosen.ln_modulate is REFERENCE.ln_modulate else "Triton",
-        attention="SDPA" if chosen.attention is sdpa else "flash-attn",
+        attention="eager" if chosen.attention is eager else "SDPA" if chosen.attention is sdpa else "flash-attn",
         precision=config.parallel.precision + (", compiled" if parallel.compiles(config.parallel, world.device) else ""),
         peak=peak_tflops(name, config.log.peak_tflops),
         resumed_images=images_seen,
@@ -230,24 +229,10 @@ def draw_grid(model: DiT, config: Config, autoencoder: vae.VAE | None, world: Wo
 def build(config: Config, world: World) -> DiT:
     """The model on its starting weights, compiled and sharded."""
     with torch.device("meta"):
-        model = DiT(config.model, ops(config, world.device), recompute=config.parallel.checkpoint_activations)
+        model = DiT(config.model, choose_ops(config, world.device), recompute=config.parallel.checkpoint_activations)
     parallel.shard(model, config.parallel, world)
     model.init_weights(config.run.seed)
     return model
-
-
-def ops(config: Config, device: torch.device) -> Ops:
-    """The kernels that --kernels and --attention choose for this device."""
-    head_dim = config.model.width // config.model.num_heads
-    try:
-        attention = choose_attention(config.attention, device, parallel.DTYPES[config.parallel.precision], head_dim)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if config.kernels == "reference" or (config.kernels == "auto" and device.type != "cuda"):
-        return REFERENCE._replace(attention=attention)
-    from fastdit_kernels.triton_ops import TRITON  # needs triton, which only Linux has
-
-    return TRITON._replace(attention=attention)
 
 
 if __name__ == "__main__":

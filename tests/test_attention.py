@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from fastdit_kernels.attention import attention, choose_attention
+from fastdit_kernels.attention import attention, choose_attention, eager, sdpa
 
 
 def truth(q, k, v):
@@ -18,11 +18,12 @@ def truth(q, k, v):
 
 @pytest.mark.parametrize("shape", [(2, 16, 3, 3, 16), (1, 7, 3, 1, 5), (3, 64, 3, 2, 72)], ids=str)
 @pytest.mark.parametrize("packed", [True, False])
-def test_attention_and_its_gradient_equal_fp64(shape, packed):
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_attention_and_its_gradient_equal_fp64(shape, packed, backend):
     qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     ours = qkv.clone().requires_grad_()
     exact = qkv.double().requires_grad_()
-    out = attention(ours if packed else ours.unbind(2), backend="sdpa")
+    out = attention(ours if packed else ours.unbind(2), backend=backend)
     expected = truth(*exact.unbind(2))
     assert out.is_contiguous()
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
@@ -52,9 +53,14 @@ def test_flash_without_the_package_says_how_to_install_it():
 
 @pytest.mark.usefixtures("without_flash")
 def test_auto_without_the_package_is_sdpa():
-    assert choose_attention("auto", torch.device("cpu"), torch.bfloat16, 64) is choose_attention(
-        "sdpa", torch.device("cpu"), torch.bfloat16, 64
-    )
+    assert choose_attention("auto", torch.device("cuda"), torch.bfloat16, 64, 256) is sdpa
+
+
+def test_auto_on_a_cpu_is_what_is_fastest_there():
+    cpu = torch.device("cpu")
+    assert choose_attention("auto", cpu, torch.bfloat16, 64, 256) is eager
+    assert choose_attention("auto", cpu, torch.bfloat16, 64, 4096) is sdpa, "all pairs of 4,096 tokens would not fit"
+    assert choose_attention("auto", cpu, torch.float32, 64, 256) is sdpa
 
 
 def stand_in(name: str, monkeypatch, packed: bool, tuples: bool) -> list[str]:
@@ -130,7 +136,7 @@ def test_auto_never_takes_flash_on_a_cpu(monkeypatch):
 def test_auto_takes_flash_where_device_dtype_and_head_size_allow(monkeypatch, dtype, head_dim, capability, taken):
     stand_in("flash_attn", monkeypatch, packed=True, tuples=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    chosen = choose_attention("auto", torch.device("cuda", 0), dtype, head_dim)
+    chosen = choose_attention("auto", torch.device("cuda", 0), dtype, head_dim, 256)
     assert (getattr(chosen, "keywords", {}).get("module") is sys.modules["flash_attn"]) == taken
 
 
@@ -139,5 +145,5 @@ def test_hoppers_own_module_is_preferred_there_and_only_there(monkeypatch):
         stand_in(name, monkeypatch, packed=True, tuples=False)
     for capability, expected in (((9, 0), "flash_attn_interface"), ((8, 0), "flash_attn"), ((10, 0), "flash_attn")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, c=capability: c)
-        chosen = choose_attention("auto", torch.device("cuda", 0), torch.bfloat16, 64)
+        chosen = choose_attention("auto", torch.device("cuda", 0), torch.bfloat16, 64, 256)
         assert chosen.keywords["module"].__name__ == expected
