@@ -150,7 +150,8 @@ class DiT(Pretrained):
         modulation: `condition(t, y)` computed before, where t and y repeat across calls, as they do in sampling.
         """
         if modulation is None:
-            modulation = self.condition(t, y)
+            # Not self.condition: FSDP hooks that one, and hooks within hooks would free the weights and gather them twice.
+            modulation = DiT.condition(self, t, y)
         # A block's last gate is read by whoever finishes its residual: the next block, or the final layer.
         *per_block, last = modulation.split([5] + [6] * (self.config.depth - 1) + [3], dim=1)
         patches = patchify(x, self.config.patch).to(self.x_embedder.weight.dtype)

@@ -15,11 +15,12 @@ SOURCES = sorted(ROOT.glob("fastdit/*.py")) + sorted(ROOT.glob("kernels/fastdit_
 RANKS = [
     {"fastdit_kernels"},
     {"config", "draws", "manifest"},
-    {"cats", "gauges", "trackers", "weights"},
+    {"cats", "gauges", "trackers", "weights", "pickles"},
     {"pretrained"},
-    {"model", "diffusion", "vae", "images", "parallel", "optim", "checkpoint", "meter", "packs"},
-    {"latents", "pictures"},
-    {"train", "encode", "sample"},
+    {"model", "diffusion", "vae", "images", "parallel", "optim", "checkpoint", "meter", "packs", "gpus", "profiler"},
+    {"latents", "pictures", "foreign", "footprint"},
+    {"costs"},
+    {"train", "encode", "sample", "convert", "plan"},
 ]
 
 

@@ -1,0 +1,170 @@
+"""What a training step costs on paper: FLOPs, bytes, messages and the bounds they set, from the config and data sheets.
+
+Everything is a count, or a bound that follows from one; nothing is measured, and no GPU is needed. Times are those of a device
+that computes at its peak, or moves memory at its bandwidth, in each part of the step.
+"""
+
+import math
+from typing import NamedTuple
+
+from fastdit.config import Config
+from fastdit.footprint import DTYPES, sizes
+from fastdit.gpus import GPU
+from fastdit.model import macs_per_image, num_frequencies, out_channels
+
+
+class Cluster(NamedTuple):
+    """Where the run would be. `network` is GB/s between nodes, each direction, for each GPU."""
+
+    gpu: GPU
+    gpus: int  # in all
+    nodes: int
+    network: float
+
+    @property
+    def local(self) -> int:
+        return self.gpus // self.nodes
+
+
+# --- one step: arithmetic and bytes, part by part ---
+
+
+class Part(NamedTuple):
+    """One part of a rank's step: FLOPs, bytes through device memory, and the least time either takes, in seconds."""
+
+    name: str
+    flops: float
+    bytes: float
+    compute_s: float
+    memory_s: float
+
+    @property
+    def bound_s(self) -> float:
+        return max(self.compute_s, self.memory_s)
+
+
+def parts(config: Config, cluster: Cluster) -> list[Part]:
+    """A rank's optimizer step: what it computes, and what it moves with every tensor read once and written once.
+
+    FLOPs are those of matrix products, attention and convolution, forward and backward. Fused ops move what KERNELS.md calls
+    their floor: 4 and 6 bytes per bf16 element for a norm or an activation, 8 and 12 for a gated residual with its norm.
+    """
+    m, p = config.model, config.parallel
+    D, L, F, item = m.width, m.depth, m.mlp_ratio * m.width, DTYPES[p.precision].itemsize
+    micro, B = config.train.grad_accum, config.train.batch
+    T = math.prod(side // m.patch for side in m.input_size)
+    macs = {name: 2.0 * B * micro * count for name, count in macs_per_image(m).items()}  # FLOPs of one forward
+    again = 1 if p.checkpoint_activations else 0  # forwards of the blocks in the backward
+
+    def product(rows: int, inputs: int, outputs: int) -> float:  # bytes of one matrix product
+        return item * (rows * inputs + inputs * outputs + rows * outputs)
+
+    patch, out, S = m.channels * m.patch**2, m.patch**2 * out_channels(m), item // 2
+    forward = {  # bytes of one forward; norms' and activations' backward is half as much again, the others' twice as much
+        "embed": product(B * T, patch, D) + product(B, num_frequencies(m), D) + product(B, D, D),
+        "modulation": product(B, D, (6 * L + 2) * D),
+        "qkv and proj": L * (product(B * T, D, 3 * D) + product(B * T, D, D)),
+        "attention": L * 4 * B * T * D * item,
+        "mlp": L * (product(B * T, D, F) + product(B * T, F, D)),
+        "GELU and convolution": L * 4 * S * B * T * F,
+        "norms and residuals": (4 + 2 * L * 8) * S * B * T * D,
+        "final": product(B * T, D, out),
+    }
+    backward = {"GELU and convolution": 1.5, "norms and residuals": 1.5}
+    flops = {"GELU and convolution": macs.pop("convolution"), **macs}
+    outside = ("embed", "modulation", "final")
+    cost = {
+        name: (
+            flops.get(name, 0.0) * (3 + again * (name not in outside)),
+            micro * moved * (1 + backward.get(name, 2.0) + again * (name not in outside)),
+        )
+        for name, moved in forward.items()
+    }
+    s = sizes(m, p.shard or cluster.local)
+    # Shards cast into the send buffer and out of the receive buffer, once or twice; gradients cast to fp32 for the reduction.
+    gathers = 2 if p.reshard_after_forward else 1
+    cost["sharding's copies"] = (0.0, gathers * ((4 + item) * s.shard + 2 * item * s.whole) + (item + 4) * s.whole)
+    # The norm reads gradients; AdamW reads parameter, gradient and moments and writes three; the average reads two, writes one.
+    cost["optimizer and EMA"] = (0.0, (4 + 28 + 12) * s.trained)
+    gpu = cluster.gpu
+    rate = gpu.flops if p.precision == "bf16" else gpu.flops / 2  # TF32 runs at half the rate of bf16
+    return [Part(name, f, b, f / rate, b / (gpu.memory_gb_per_s * 1e9)) for name, (f, b) in cost.items()]
+
+
+# --- messages ---
+
+
+class Message(NamedTuple):
+    """A collective of one step: the bytes a rank sends, and the least time that takes."""
+
+    name: str
+    bytes: float
+    seconds: float
+
+
+def messages(config: Config, cluster: Cluster) -> list[Message]:
+    """What the ranks send each other in one optimizer step (ZeRO, arXiv 1910.02054; HSDP where the shards are replicated).
+
+    Rings: a rank sends (n - 1)/n of the whole. A link inside the node and, where a collective spans nodes, all of a node's
+    network links together both have to carry their share; the slower counts.
+    """
+    p, local, nodes = config.parallel, cluster.local, cluster.nodes
+    shard = p.shard or local
+    item, s = DTYPES[p.precision].itemsize, sizes(config.model, 1)
+    link, network = cluster.gpu.link_gb_per_s * 1e9, cluster.network * 1e9
+
+    def seconds(sent: float, total: float, ranks: int) -> float:
+        spanned = -(-ranks // local) if ranks > local else 1
+        across = total * (spanned - 1) / spanned / (local * network)
+        return max(sent / link if local > 1 else 0.0, across)
+
+    found = []
+    if shard > 1:
+        share = (shard - 1) / shard
+        gathers = 2 if p.reshard_after_forward else 1
+        sent = share * gathers * item * s.whole
+        found.append(Message("all-gather of weights", sent, seconds(sent, gathers * item * s.whole, shard)))
+        sent = share * 4 * s.whole
+        found.append(Message("reduce-scatter of gradients", sent, seconds(sent, 4 * s.whole, shard)))
+    copies = cluster.gpus // shard
+    if copies > 1:
+        sent = 2 * (copies - 1) / copies * 4 * s.whole / shard
+        inside = sent / link if shard < local else 0.0
+        across = 2 * (nodes - 1) / nodes * 4 * s.whole / (local * network) if shard <= local else sent / network
+        found.append(Message("all-reduce of shards' gradients", sent, max(inside, across)))
+    return found
+
+
+# --- the bound ---
+
+
+class Bound(NamedTuple):
+    """The least time a step can take, in seconds, and what sets it. Each of the three is a bound on its own."""
+
+    compute_s: float  # every FLOP at the peak
+    memory_s: float  # every byte at the memory's bandwidth
+    network_s: float  # every message at the links' bandwidth, all behind computation
+    device_s: float  # part after part, each at whichever of the two binds it
+    images: int  # of the step, over all ranks
+
+    @property
+    def step_s(self) -> float:
+        return max(self.device_s, self.network_s)
+
+    @property
+    def binds(self) -> str:
+        if self.network_s > self.device_s:
+            return "network"
+        return "compute" if self.compute_s >= self.device_s / 2 else "memory"
+
+
+def bound(config: Config, cluster: Cluster) -> Bound:
+    """The step's bounds. Messages can hide behind computation entirely; parts of one device's step cannot behind each other."""
+    step, sent = parts(config, cluster), messages(config, cluster)
+    return Bound(
+        sum(part.compute_s for part in step),
+        sum(part.memory_s for part in step),
+        sum(message.seconds for message in sent),
+        sum(part.bound_s for part in step),
+        config.train.batch * config.train.grad_accum * cluster.gpus,
+    )

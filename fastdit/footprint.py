@@ -1,0 +1,208 @@
+"""Memory of one rank on paper: states by their sizes, activations from the model's own graph on the meta device.
+
+Nothing is allocated and no GPU is needed. Numbers are bytes unless a name says otherwise.
+"""
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from fastdit_kernels import Ops
+from fastdit_kernels.attention import QKV
+from fastdit_kernels.reference import REFERENCE
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastdit.config import Config, ModelConfig, replace
+from fastdit.model import DiT
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+RESERVED = 2 * 10**9  # for the CUDA context, NCCL's buffers and what the allocator cannot hand out
+
+# --- activations: the real model on the meta device ---
+
+
+class Activations(NamedTuple):
+    """Bytes of a micro-step beside the weights: what the forward leaves for the backward, and the most alive at once."""
+
+    saved: int
+    peak: int
+
+
+def activations(config: Config, batch: int, ops: Ops | None = None) -> Activations:
+    """Forward and backward of the config's model on the meta device, where tensors have sizes and no bytes.
+
+    ops: those the run would use; by default what --kernels and --attention choose on a GPU. Eager: a compiled block saves as
+    much or less.
+    """
+    dtype = DTYPES[config.parallel.precision]
+    ops = (ops or planned_ops(config))._replace(attention=flash_attention)
+    m = config.model
+    with torch.device("meta"):
+        model = DiT(m, ops, recompute=config.parallel.checkpoint_activations).to(dtype)
+        x, t = torch.empty(batch, m.channels, *m.input_size), torch.empty(batch)
+        y = torch.empty(batch, dtype=torch.int64) if m.num_classes else None
+    weights = {_key(p) for p in model.parameters()}
+    for p in model.parameters():  # a gradient leaves as soon as it is reduced
+        p.register_post_accumulate_grad_hook(_forget)
+    saved: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _key(tensor) not in weights:
+            saved[_key(tensor)] = tensor.untyped_storage()  # kept: a freed one's key may come again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = (model(x, t, y)[:, : m.channels] - x).square().mean()
+    kept = sum(storage.nbytes() for storage in saved.values())
+    del loss
+    saved.clear()
+    with Alive() as alive:
+        (model(x, t, y)[:, : m.channels] - x).square().mean().backward()
+    return Activations(kept, max(alive.peak, kept))
+
+
+def planned_ops(config: Config) -> Ops:
+    """The kernels of a GPU, as --kernels chooses them; the reference where Triton is not to be had."""
+    if config.kernels == "reference":
+        return REFERENCE
+    try:
+        from fastdit_kernels.triton_ops import TRITON
+    except ImportError:
+        return REFERENCE
+    return TRITON
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of storages that ops make and that are still referenced: `now`, and `peak`, the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (key := _key(tensor)) not in self.seen | given:
+                storage = tensor.untyped_storage()
+                self.seen.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        B, T, H, _ = q.shape
+        ctx.save_for_backward(q, k, v, out, q.new_empty(B, H, T, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in ctx.saved_tensors[:3])
+
+
+def flash_attention(qkv: QKV) -> Tensor:
+    """What any fused attention keeps (arXiv 2205.14135, algorithm 1): q, k, v, its output and a log-sum-exp per row.
+
+    On the meta device PyTorch would choose its unfused path, which keeps [B, H, T, T].
+    """
+    q, k, v = qkv.unbind(2) if isinstance(qkv, Tensor) else qkv
+    out: Tensor = _Flash.apply(q, k, v)
+    return out.flatten(2)
+
+
+# --- memory of one rank ---
+
+
+class Sizes(NamedTuple):
+    """Numbers of parameters. FSDP gathers a block at a time, and as one group what is outside blocks, the root."""
+
+    whole: int
+    block: int
+    root: int
+    shard: int  # of one rank
+    trained: int  # of one rank's shard: those that have a gradient
+
+
+def sizes(config: ModelConfig, ranks: int) -> Sizes:
+    """Parameters of the model, sharded over so many ranks: each by its rows, padded to the same number on every rank."""
+    with torch.device("meta"):
+        model = DiT(config, REFERENCE)
+    whole = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+
+    def rows(p: Tensor) -> int:
+        return -(-p.shape[0] // ranks) * (p.numel() // p.shape[0])
+
+    shard = sum(rows(p) for p in model.parameters())
+    trained = sum(rows(p) for p in model.parameters() if p.requires_grad)
+    return Sizes(whole, block, whole - block * config.depth, shard, trained)
+
+
+def state_bytes(config: Config, ranks: int) -> dict[str, int]:
+    """Bytes that one rank holds whatever the batch, by what they are, with the weights sharded over so many ranks."""
+    s, p = sizes(config.model, ranks), config.parallel
+    itemsize = DTYPES[p.precision].itemsize
+    gathered = min(s.root + 2 * s.block, s.whole) if p.reshard_after_forward else s.whole  # one at work, one on its way
+    held = {
+        "parameters": 4 * s.shard,
+        "gradients": 4 * s.trained,
+        "AdamW moments": 8 * s.trained,
+        "EMA": 4 * s.trained,
+        "gathered weights": itemsize * gathered,
+    }
+    if config.train.grad_accum > 1:
+        held["whole gradients, accumulated"] = 4 * s.whole
+    return held
+
+
+def batch_bytes(config: Config, batch: int, ops: Ops | None = None) -> dict[str, int]:
+    """Bytes that come and go within a step, at the worst moment: early in the backward, or when the last gradients leave."""
+    a, s = activations(config, batch, ops), sizes(config.model, 1)
+    leaving = 4 + DTYPES[config.parallel.precision].itemsize  # a gradient as computed, and its fp32 copy for the reduction
+    early = a.peak + 2 * s.block * leaving
+    return {
+        "activations": a.saved,
+        "backward's own": max(early, s.root * leaving) - a.saved,
+    }
+
+
+def largest_batch(config: Config, ranks: int, memory: float, ops: Ops | None = None) -> int:
+    """The most images per rank and micro-step that fit into `memory` bytes with the weights sharded over `ranks`; 0: none."""
+    room = memory - RESERVED - sum(state_bytes(config, ranks).values())
+    few, many = 8, 64
+    low, high = (sum(batch_bytes(config, n, ops).values()) for n in (few, many))
+    per_image = (high - low) / (many - few)  # what grows with the batch grows in proportion
+    return max(0, int(many + (room - high) / per_image))
+
+
+def advice(config: Config, ranks: int, memory: float, ops: Ops | None = None) -> str:
+    """One line for whoever ran out of memory: the batches that fit by plan, with activations kept and recomputed."""
+    kept, again = (largest_batch(recomputing(config, on), ranks, memory, ops) for on in (False, True))
+    if not again:
+        return f"by plan no batch fits into {memory / 1e9:.0f} GB; shard the weights over more ranks, or take a smaller model"
+    with_recompute = f"{again} with --parallel.checkpoint_activations"
+    return f"by plan --train.batch {kept} fits, or {with_recompute}" if kept else f"by plan --train.batch {with_recompute} fits"
+
+
+def recomputing(config: Config, on: bool) -> Config:
+    return replace(config, parallel={"checkpoint_activations": on})
