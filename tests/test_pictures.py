@@ -1,0 +1,88 @@
+"""Pictures: the modulation computed ahead is the one each step would compute, and grids are what was drawn."""
+
+import dataclasses
+
+import pytest
+import torch
+from fastdit_kernels.reference import REFERENCE
+from PIL import Image
+
+from fastdit import config as C
+from fastdit import diffusion, pictures
+from fastdit.model import DiT
+from fastdit.parallel import World
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(params=["labels", "unconditional", "guided"])
+def case(request) -> tuple[C.Config, DiT]:
+    config = C.replace(
+        C.RECIPES["cats"],
+        model={"patch": 8, "depth": 2, "width": 32, "num_heads": 2},
+        sample={"steps": 5},
+        parallel={"precision": "fp32"},
+    )
+    if request.param == "unconditional":
+        config = C.replace(config, model={"num_classes": 0})
+    if request.param == "guided":
+        config = C.replace(config, model={"class_dropout": 0.1}, sample={"guidance": 3.0})
+    model = DiT(config.model, REFERENCE)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) * 0.1)
+    return config, model
+
+
+@pytest.mark.parametrize("group_bytes", [256 << 20, 1])
+def test_pictures_are_those_of_a_model_conditioned_anew_each_step(case, group_bytes, monkeypatch):
+    config, model = case
+    monkeypatch.setattr(pictures, "MODULATION_BYTES", group_bytes)
+    found = pictures.make(model, config, None, ALONE, first=3, count=4, seed=1)
+    m, s = config.model, config.sample
+    x0 = diffusion.sample(
+        model,
+        config.diffusion,
+        (4, m.channels, *m.input_size),
+        torch.arange(3, 7) % m.num_classes if m.num_classes else None,
+        sampler=s.sampler,
+        steps=s.steps,
+        guidance=s.guidance,
+        seed=1,
+        first=3,
+        null_class=m.num_classes if m.class_dropout else None,
+    )
+    expected = (x0.clamp(-1, 1) + 1) * 127.5
+    assert found.dtype == torch.uint8
+    assert (found.double() - expected.double()).abs().max() <= 0.501  # a product of other height may sum in another order
+    assert expected.std() > 1
+
+
+def test_the_projection_is_applied_once_for_a_whole_schedule(case):
+    config, model = case
+    rows = []
+    model.adaLN_modulation.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    pictures.make(model, config, None, ALONE, first=0, count=4, seed=1)
+    classes = {"labels": 4, "unconditional": 1, "guided": 5}
+    kind = "guided" if config.sample.guidance != 1 else "labels" if config.model.num_classes else "unconditional"
+    assert rows == [5 * classes[kind]]
+
+
+def test_labels_take_turns_or_are_all_the_same():
+    config = C.RECIPES["cats"]
+    assert pictures.labels(config, 13, 4).tolist() == [13, 14, 0, 1]
+    assert pictures.labels(config, 13, 2, label=7).tolist() == [7, 7]
+    unconditional = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=0))
+    assert pictures.labels(unconditional, 0, 4) is None
+
+
+def test_a_grid_holds_every_picture_in_order(tmp_path):
+    images = torch.randint(0, 256, (7, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pictures.save_grid(images, tmp_path / "new" / "grid.png")
+    with Image.open(tmp_path / "new" / "grid.png") as grid:
+        for i, image in enumerate(images):
+            row, column = divmod(i, 3)
+            box = (2 + column * 8, 2 + row * 6, 8 + column * 8, 6 + row * 6)
+            assert grid.crop(box).tobytes() == image.permute(1, 2, 0).contiguous().numpy().tobytes()
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["grid.png"]
