@@ -1,7 +1,7 @@
 """Bring weights in: from facebookresearch/DiT, from diffusers' DiTTransformer2DModel, from the seed repository.
 
-The result is a folder that sample.py and DiT.from_pretrained open; its outputs are the original's, to fp32 rounding. Only tensors
-are read from a file, never code: safetensors, or torch.save's files through `pickles`.
+The result is a folder that sample.py and DiT.from_pretrained open; its outputs are the original's, to fp32 rounding. Only
+tensors are read from a file, never code: safetensors, or torch.save's files through `pickles`.
 """
 
 import json
@@ -78,7 +78,7 @@ def convert(options: Options) -> Path:
 
 def _configured(run: Config, model: ModelConfig, vae: str, out: Path) -> Config:
     """A whole config round the model: the usual dataset and autoencoder of its kind, where nothing else is known."""
-    vae = "" if vae == "none" or (not vae and model.channels in (1, 3)) else vae or run.data.vae
+    vae = "" if vae == "none" or (not vae and model.channels == 3) else vae or run.data.vae
     size = (model.input_size[0] * 8, model.input_size[1] * 8) if vae else model.input_size
     name = re.sub(r"[^A-Za-z0-9._-]", "-", out.resolve().name).lstrip("._-")[:100] or "converted"
     run = configs.replace(run, run={"name": name}, data={"vae": vae, "image_size": size}, diffusion={"clip_x0": not vae})
