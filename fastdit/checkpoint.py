@@ -133,7 +133,10 @@ class Checkpoints:
         aside, final = self.folder / f"{name}.tmp", self.folder / name
 
         def begin() -> bool:
-            """Whether there is something to write."""
+            """Whether there is something to write. A weight once NaN stays NaN: nobody wants to go on from there."""
+            for piece in pieces:
+                if piece.shard.is_floating_point() and not piece.shard.isfinite().all():
+                    raise ValueError(f"{piece.name} is not finite")
             if self.rank != 0:
                 return True
             self._tidy()

@@ -5,7 +5,10 @@ import dataclasses
 import difflib
 import io
 import json
+import os
 import re
+import signal
+import stat
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -19,7 +22,11 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong. A verb prints it in one line and exits with status 2."""
+    """Something the user gave is wrong. All ranks raise it alike; rank 0 prints it in one line, and all exit with status 2."""
+
+
+class RankError(UserError):
+    """Something befell this rank alone: it prints the line itself, whichever it is, and exits with status 1 at once."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,8 @@ class TrainConfig:
     beta2: float = 0.999  # AdamW; beta1 is 0.9
     grad_clip: float = 1.0  # global norm; 0: off
     ema: float = 0.9999  # decay of the averaged weights per step; warms up as (1 + step) / (10 + step)
-    max_skips: int = 20  # stop after so many non-finite steps in a row
+    spike_sigma: float = 0.0  # skip a step whose loss is so many deviations above the last 128 losses' mean; 0: off
+    max_skips: int = 20  # stop after so many skipped steps in a row
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,7 @@ class LogConfig:
     keep: int = 3  # newest checkpoints kept
     wandb: str = ""  # Weights & Biases project to log to; empty: none
     peak_tflops: float = 0.0  # dense bf16 peak of the device for MFU; 0: looked up by its name, no MFU where unknown
+    profile: int = 0  # early steps to trace; the trace, and where the time went, go to profile/ in the run folder
 
 
 @dataclass(frozen=True)
@@ -230,13 +239,22 @@ def _nearest(word: str, valid: typing.Iterable[str], dashes: str = "") -> str:
 
 
 def exit_cleanly(main: Callable[[], int | None], rank: int = 0) -> None:
-    """Run a verb and exit with its status; a UserError becomes one line on stderr (rank 0's) and status 2, on every rank."""
+    """Run a verb and exit with its status; a UserError becomes one line on stderr (rank 0's) and status 2, on every rank.
+
+    A RankError becomes its own rank's line and status 1, and Ctrl-C status 130.
+    """
     try:
         sys.exit(main())
+    except RankError as error:
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # threads and groups that still wait for another rank would keep a proper exit waiting too
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 # --- what must hold, before anything touches the disk or the network ---
@@ -300,8 +318,12 @@ POSITIVE = {
 BELOW_ONE = {"train": ("ema", "beta2"), "model": ("class_dropout",)}
 
 
+MOST = 2**31 - 1  # of a whole number; more overflows somewhere below
+MOST_IMAGES = 10**12 - 1  # a checkpoint's name has twelve digits
+
+
 def _validate_ranges(config: Config) -> None:
-    """Numbers are finite and not negative (the seed may be anything), some are positive, some below 1."""
+    """Numbers are finite, not huge and not negative (the seed may be anything), some are positive, some below 1."""
     for group in dataclasses.fields(config):
         settings = getattr(config, group.name)
         for f in dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ():
@@ -317,12 +339,17 @@ def _validate_ranges(config: Config) -> None:
                     wrong = "below 1"
                 elif number > 1 and f.name == "max_bad":
                     wrong = "a share, 0 to 1"
+                elif isinstance(number, int) and number > (most := MOST_IMAGES if f.name == "images" else MOST):
+                    wrong = f"at most {most}"
                 else:
                     continue
                 raise UserError(f"--{group.name}.{f.name} is {number:g}; it must be {wrong}")
 
 
 # --- to and from JSON ---
+
+
+LIMIT = 1 << 20  # bytes of config.json; a real one has thousands
 
 
 def save(config: Config, path: Path) -> None:
@@ -332,9 +359,12 @@ def save(config: Config, path: Path) -> None:
 def load(path: Path) -> Config:
     """Read a run's config.json. Raises UserError naming the file and the field where it is not one."""
     try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > LIMIT:
+            raise ValueError(f"not a plain file of at most {LIMIT} bytes")
         data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable config ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable config ({str(error)[:200]})") from None
     config = _build(Config, data, str(path))
     try:
         validate(config)

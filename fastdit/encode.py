@@ -25,12 +25,8 @@ def encode(config: Config) -> None:
     """Encode on all ranks, with a progress bar on a terminal, and report what came of it."""
     start = time.perf_counter()
     world = parallel.init(config.parallel)
-    try:
-        with _bar(world.rank == 0) as progress:
-            path = latents.ensure(config, world, progress=progress)
-    except UserError:  # every rank's alike
-        parallel.shutdown()
-        raise
+    with _bar(world.rank == 0) as progress:
+        path = latents.ensure(config, world, progress=progress)
     if world.rank == 0:
         print("\n".join([*report(path), f"{time.perf_counter() - start:.1f} s in all"]), flush=True)
     parallel.shutdown()
@@ -105,7 +101,7 @@ def _main() -> None:
 
 
 def main() -> None:
-    exit_cleanly(_main, rank=int(os.environ.get("RANK", 0)))
+    exit_cleanly(lambda: parallel.as_one(_main), rank=int(os.environ.get("RANK", 0)))
 
 
 if __name__ == "__main__":

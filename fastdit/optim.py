@@ -130,11 +130,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 @torch.no_grad()
-def clip_and_check(optimizer: ShardAdamW, max_norm: float) -> Tensor:
+def clip_and_check(optimizer: ShardAdamW, max_norm: float, spike: Tensor | None = None) -> Tensor:
     """The global gradient norm, fp32 on the device, before clipping; prepares the optimizer's next step by it.
 
     Gradients will be divided by max(1, norm / max_norm) inside the step, which saves a pass over them; max_norm 0 leaves
-    them. A norm that is not finite makes the step, on every rank, change nothing. One all-reduce of one number.
+    them. A norm that is not finite, or a spike, makes the step, on every rank, change nothing. One all-reduce of one number.
     """
     grads = [p.grad for p in optimizer.named.values() if p.grad is not None]
     if not grads:
@@ -148,7 +148,7 @@ def clip_and_check(optimizer: ShardAdamW, max_norm: float) -> Tensor:
             if isinstance(placement, Shard):  # over a replicating dimension the gradients are already equal
                 dist.all_reduce(square, group=first.device_mesh.get_group(dim))
     norm = square.sqrt().float()
-    optimizer.found_inf.copy_(~norm.isfinite())
+    optimizer.found_inf.copy_(~norm.isfinite() if spike is None else ~norm.isfinite() | spike)
     # As torch.nn.utils.clip_grad_norm_ clips, to its 1e-6. Never a NaN, though the step would not read it.
     scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else torch.ones_like(norm)
     optimizer.grad_scale.copy_(scale.nan_to_num(1.0, 1.0, 1.0))
@@ -156,6 +156,38 @@ def clip_and_check(optimizer: ShardAdamW, max_norm: float) -> Tensor:
     total.add_(optimizer.found_inf)
     in_a_row.add_(1).mul_(optimizer.found_inf)
     return norm
+
+
+class Spikes:
+    """Finds losses more than `sigma` standard deviations above the mean of the last WINDOW that were no spikes themselves.
+
+    `window`, fp64 [WINDOW + 1] and equal on all ranks: those losses, in a ring, and how many there have been. Decided on the
+    device, without a host sync.
+    """
+
+    WINDOW, FEW = 128, 32  # nothing is a spike before the first FEW
+
+    def __init__(self, sigma: float, device: torch.device):
+        self.sigma = sigma
+        self.window = torch.zeros(self.WINDOW + 1, dtype=torch.float64, device=device)
+        self.places = torch.arange(self.WINDOW, device=device)
+
+    @torch.no_grad()
+    def find(self, loss: Tensor) -> Tensor:
+        """Whether the step's loss, of which each rank gives its mean, is a spike: bool on the device. One all-reduce."""
+        loss = loss.detach().double().clone()
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+            loss /= dist.get_world_size()
+        losses, count = self.window[:-1], self.window[-1]
+        filled = (self.places < count).double()
+        mean = (losses * filled).sum() / filled.sum()
+        deviation = (((losses - mean).square() * filled).sum() / filled.sum()).sqrt()
+        spike = (count >= self.FEW) & (loss > mean + self.sigma * deviation)
+        counts = loss.isfinite() & ~spike
+        losses.copy_(torch.where((self.places == count % self.WINDOW) & counts, loss, losses))
+        count += counts
+        return spike
 
 
 # --- the averaged weights ---
@@ -241,11 +273,16 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: TrainConfig, global_batch: int):
         self.config, self.global_batch = config, global_batch
         self.adamw, self.ema = ShardAdamW(model, config), EMA(model, config.ema)
+        self.spikes = Spikes(config.spike_sigma, self.adamw.skips.device) if config.spike_sigma else None
 
-    def step(self, images_seen: int) -> Tensor:
-        """The step on the global batch that follows `images_seen`; clears the gradients. Returns their norm, on the device."""
+    def step(self, images_seen: int, loss: Tensor | None = None) -> Tensor:
+        """The step on the global batch that follows `images_seen`; clears the gradients. Returns their norm, on the device.
+
+        loss: this rank's mean, by which spikes are found; without it none are.
+        """
         set_lr(self.adamw, lr_at(images_seen + self.global_batch, self.config))
-        norm = clip_and_check(self.adamw, self.config.grad_clip)
+        spike = self.spikes.find(loss) if self.spikes and loss is not None else None
+        norm = clip_and_check(self.adamw, self.config.grad_clip, spike)
         self.adamw.step()
         self.ema.update(images_seen // self.global_batch, self.adamw.found_inf)
         self.adamw.zero_grad()
@@ -255,8 +292,11 @@ class Optimizer:
         """Everything a step changes, by name, sharing memory with the live tensors: what a checkpoint saves and loads in place.
 
         model.X, exp_avg.X, exp_avg_sq.X, ema.X of each parameter's shape; step.X [1] and skips [2], equal on all ranks. fp32.
+        Where spikes are skipped, losses too, by which they are found: fp64, equal on all ranks.
         """
         found: dict[str, Tensor] = {"skips": self.adamw.skips}
+        if self.spikes:
+            found["losses"] = self.spikes.window
         for name, p in self.adamw.named.items():
             state = self.adamw.state[p]
             found[f"model.{name}"] = p.detach()

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from fastdit import draws
 from fastdit.config import UserError
+from fastdit.manifest import read_file
 
 FORMAT = 1
+LIMIT = 1 << 28  # bytes of manifest.json; ImageNet's has 5 MB
 VERIFY_BYTES = 1 << 30  # packs up to this size are hashed whenever they are opened: at most 0.6 s
 DTYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16}
 
@@ -64,7 +66,7 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of the pack in this folder, every field checked: it may come from anywhere. Raises UserError."""
     file = path / "manifest.json"
     try:
-        data = json.loads(file.read_text())
+        data = json.loads(read_file(file, LIMIT))
         need = {f.name: f.type for f in dataclasses.fields(Manifest)}
         if not isinstance(data, dict) or data.keys() != need.keys():
             raise ValueError(f"fields differ from {', '.join(need)}")

@@ -3,7 +3,9 @@
 Order matters: blocks recompute inside what is compiled, and are compiled before they are sharded (FSDP2), then the root.
 """
 
+import contextlib
 import os
+import re
 import signal
 import warnings
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from fastdit.config import ParallelConfig, UserError
+from fastdit.config import ParallelConfig, RankError, UserError
 
 T = TypeVar("T")
 
@@ -38,6 +40,8 @@ def init(config: ParallelConfig) -> World:
     """Join the process group that torchrun describes; without torchrun, a group of one. Raises UserError."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if size % (config.shard or local_size):
+        raise UserError(f"--parallel.shard {config.shard or local_size} does not divide the {size} ranks")
     if torch.cuda.is_available():
         if local_size > torch.cuda.device_count():
             raise UserError(f"{local_size} processes on this node, which has {torch.cuda.device_count()} GPUs")
@@ -68,8 +72,6 @@ def shutdown() -> None:
 def mesh(config: ParallelConfig, world: World) -> DeviceMesh:
     """Ranks the weights are sharded over; across nodes a second dimension over which they are replicated (HSDP)."""
     shard = config.shard or world.local_size
-    if world.size % shard:
-        raise UserError(f"--parallel.shard {shard} does not divide the {world.size} ranks")
     if shard == world.size:
         return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
     return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
@@ -122,14 +124,19 @@ def gather(world: World, value: T) -> list[T]:
 
 def every(world: World, function: Callable[[], T]) -> T:
     """function() on every rank. Where it fails on one, by the user's doing or the disk's, all raise the same UserError."""
-    error = ""
+    error, unforeseen = "", None
     try:
         result = function()
     except UserError as e:
         error = str(e)
     except OSError as e:
-        error = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)
-    if errors := [e for e in gather(world, error) if e]:
+        error = reason(e)
+    except Exception as e:  # the others wait for an answer, whatever it is
+        error, unforeseen = f"rank {world.rank}: {type(e).__name__}: {e}", e
+    errors = [e for e in gather(world, error) if e]
+    if unforeseen:
+        raise unforeseen
+    if errors:
         raise UserError(errors[0])
     return result
 
@@ -140,6 +147,44 @@ def once(world: World, function: Callable[[], T]) -> T:
     return gather(world, result)[0]  # type: ignore[return-value]
 
 
+def reason(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
+def as_one(verb: Callable[[], T]) -> T:
+    """verb(), so that where one rank fails none goes on: it says why in a line, and the others that they lost it.
+
+    Raises UserError where all ranks failed alike, having left the group together; RankError for what befell this one alone.
+    """
+    try:
+        return verb()
+    except RankError:
+        raise
+    except UserError:
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):  # those that were faster are gone
+                # On the CPU, and not for ever: should a rank have failed by itself after all, its line is not to wait.
+                dist.all_reduce(torch.zeros(1), async_op=True).wait(timedelta(seconds=5))
+                dist.destroy_process_group()
+        raise
+    except OSError as error:  # a full disk under metrics.jsonl, say
+        raise RankError(reason(error)) from None
+    except RuntimeError as error:
+        if not (said := lost(error)):
+            raise
+        raise RankError(f"{said}; the same command goes on from the newest checkpoint") from None
+
+
+def lost(error: RuntimeError) -> str:
+    """What an error of a collective says of the other ranks; empty for any other error."""
+    text = str(error)
+    if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|[Ss]tore|[Bb]arrier", text):
+        return ""
+    if re.search("[Tt]im(ed|e) ?out", text):
+        return "another rank has been silent for --parallel.timeout_minutes"
+    return f"another rank has ended ({text.rpartition('] ')[2].partition('. ')[0][:100]})"
+
+
 class Stop:
     """SIGTERM, SIGINT or SIGUSR1 to any rank stops all of them after the same step, without waiting in any step.
 
@@ -148,12 +193,12 @@ class Stop:
 
     SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, timeout: timedelta):
         self.received = 0
         self.vote = torch.zeros(1, dtype=torch.int32)
         self.under_way: dist.Work | None = None
         # A group of its own: its messages must not queue behind gradients.
-        self.group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
         for number in self.SIGNALS:
             signal.signal(number, self._note)
 

@@ -42,7 +42,11 @@ class Options:
 def main() -> None:
     """torchrun fastdit/sample.py RUN [--field VALUE …]"""
     rank = int(os.environ.get("RANK", 0))
-    configs.exit_cleanly(lambda: sample(configs.parse_args(Options, sys.argv[1:], "fastdit/sample.py", __doc__ or "")), rank)
+
+    def run() -> None:
+        sample(configs.parse_args(Options, sys.argv[1:], "fastdit/sample.py", __doc__ or ""))
+
+    configs.exit_cleanly(lambda: parallel.as_one(run), rank)
 
 
 def sample(options: Options) -> None:

@@ -4,8 +4,10 @@
 """
 
 import dataclasses
+import functools
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,22 +17,28 @@ from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
 from fastdit import config as configs
-from fastdit import latents, parallel, pictures, vae
+from fastdit import footprint, latents, parallel, pictures, vae
 from fastdit.checkpoint import Checkpoints
-from fastdit.config import Config, UserError
+from fastdit.config import Config, RankError, UserError
 from fastdit.diffusion import Objective
 from fastdit.gauges import peak_tflops
 from fastdit.meter import Meter, summary
 from fastdit.model import DiT, choose_ops, train_flops_per_image
 from fastdit.optim import Optimizer, lr_at
 from fastdit.parallel import World
+from fastdit.profiler import Profiler
+from fastdit.trackers import require_wandb
 
 
 def main() -> None:
     """torchrun fastdit/train.py [RECIPE] [--group.field VALUE …]"""
     rank = int(os.environ.get("RANK", 0))
     description = (__doc__ or "").partition("\n")[0]
-    configs.exit_cleanly(lambda: train(configs.parse(sys.argv[1:], "torchrun fastdit/train.py", description)), rank)
+
+    def run() -> int:
+        return train(configs.parse(sys.argv[1:], "torchrun fastdit/train.py", description))
+
+    configs.exit_cleanly(lambda: parallel.as_one(run), rank)
 
 
 def step(
@@ -55,17 +63,47 @@ def step(
         loss = objective.loss(model, x0, y if config.model.num_classes else None, config.run.seed, first) / accum
         loss.backward()
         mean_loss += loss.detach()
-    return mean_loss, optimizer.step(images_seen)
+    return mean_loss, optimizer.step(images_seen, mean_loss)
 
 
+def says_what_fits(train: Callable[[Config], int]) -> Callable[[Config], int]:
+    """Make memory running out, wherever in a run, a RankError that says which batch would do."""
+
+    @functools.wraps(train)
+    def explained(config: Config) -> int:
+        try:
+            return train(config)
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+                raise
+        # Beyond the except clause, so that what the step held is free again.
+        t, ranks = config.train, config.parallel.shard or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        half = next((t.batch // n for n in range(2, t.batch) if t.batch % n == 0), 1)
+        line = f"out of memory at --train.batch {t.batch}"
+        if t.batch > 1:
+            line += f"; --train.batch {half} --train.grad_accum {t.grad_accum * t.batch // half} trains the same in less"
+        if torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            line += f" ({footprint.advice(config, ranks, total)})"
+        elif not config.parallel.checkpoint_activations:
+            line += ", and --parallel.checkpoint_activations needs less too"
+        raise RankError(line)
+
+    return explained
+
+
+@says_what_fits
 def train(config: Config) -> int:
     """The whole run, from wherever it stands to its last image. Returns 0, or 128 + the signal that stopped it."""
     world = parallel.init(config.parallel)
-    stop = parallel.Stop(world)
     config, folder = parallel.once(world, lambda: open_run(config))
+    choose_ops(config, world.device)  # what cannot be had is said before anything touches the disk
+    require_wandb(config.log.wandb)
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
     batch = config.train.batch * config.train.grad_accum * world.size
 
     pack = parallel.every(world, lambda: latents.open_pack(config, world))
+    stop = parallel.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
     model = build(config, world)
     optimizer = Optimizer(model, config.train, batch)
     m = config.model
@@ -77,10 +115,10 @@ def train(config: Config) -> int:
         device=world.device,
     )
 
-    timeout = timedelta(minutes=config.parallel.timeout_minutes)
     checkpoints = Checkpoints(folder / "checkpoints", config.log.keep, timeout=timeout)
     images_seen = resume(checkpoints, optimizer, batch)
-    autoencoder = vae.load(config.data, world.device) if config.data.vae else None
+    autoencoder = parallel.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
+    parallel.once(world, lambda: start_run(config, folder))
     meter = Meter(
         folder,
         config.log,
@@ -95,6 +133,7 @@ def train(config: Config) -> int:
         settings=dataclasses.asdict(config),
     )
     describe(config, world, pack, model, images_seen, folder)
+    profiler = Profiler(folder / "profile", 0 if world.rank else config.log.profile, world.device, meter.say)
 
     def sample() -> None:
         with meter.paused(), optimizer.ema.applied(model):
@@ -111,6 +150,7 @@ def train(config: Config) -> int:
         loss, grad_norm = step(model, objective, optimizer, pack, config, world, images_seen)
         before, images_seen = images_seen, images_seen + batch
         meter.add(loss, grad_norm, config.train.batch * config.train.grad_accum)
+        profiler.step(images_seen)
         done = images_seen >= config.train.images
         saving = done or crosses(before, images_seen, config.log.save_every or config.train.images // 10)
         # A line ends at each save too, so that the lines of a resumed run are those of an uninterrupted one.
@@ -121,7 +161,8 @@ def train(config: Config) -> int:
             if in_a_row >= config.train.max_skips:
                 checkpoints.wait()
                 raise UserError(
-                    f"{in_a_row} steps in a row had a non-finite gradient, the last at {images_seen} images; "
+                    f"{in_a_row} steps in a row had a non-finite gradient{' or a spike' if optimizer.spikes else ''}, "
+                    f"the last at {images_seen} images; "
                     f"the newest checkpoint is kept, and a lower --train.lr may help"
                 )
         if done or crosses(before, images_seen, config.log.sample_every or config.train.images // 10):
@@ -131,6 +172,7 @@ def train(config: Config) -> int:
     if signalled and images_seen:
         save()
     checkpoints.wait()
+    profiler.close()
     meter.close()
     pack.close()
     parallel.shutdown()
@@ -180,14 +222,18 @@ FREE += ("data.packs", "data.device_gib", "data.max_bad", "train.batch", "train.
 
 
 def open_run(config: Config) -> tuple[Config, Path]:
-    """The run's folder, new or made before by the same config, and the config with its final name. Rank 0 alone calls this."""
+    """The run's folder, new or made before by the same config, and the config with its final name. Rank 0 alone calls this.
+
+    Changes nothing on the disk.
+    """
     root = Path(config.run.folder)
     folder = root / config.run.name
     number = 2
     while config.run.fresh and folder.exists():
         folder, number = root / f"{config.run.name}-{number}", number + 1
-    if folder.is_symlink():
-        raise UserError(f"{folder} is a symbolic link; a run folder must be a folder of its own")
+    for path in (folder, *(sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else ())):
+        if path.is_symlink():
+            raise UserError(f"{path} is a symbolic link; a run folder and what is in it must be its own")
     config = configs.replace(config, run={"name": folder.name, "fresh": False})
     if (folder / "config.json").exists():
         free = FREE if config.train.lr_decay == "cosine" else (*FREE, "train.images")  # a cosine ends at the last image
@@ -198,22 +244,27 @@ def open_run(config: Config) -> tuple[Config, Path]:
             )
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no config.json; choose another --run.name")
+    return config, folder
+
+
+def start_run(config: Config, folder: Path) -> None:
+    """Make the run's folder, once all that a config can get wrong has gone right. Rank 0 alone calls this."""
     folder.mkdir(parents=True, exist_ok=True)
     configs.save(config, folder / "config.json")
-    return config, folder
 
 
 def resume(checkpoints: Checkpoints, optimizer: Optimizer, batch: int) -> int:
     """Load the newest good checkpoint into the optimizer's tensors, if there is one. Returns the images seen."""
-    if checkpoints.latest() is None:
+    images_seen = checkpoints.latest()
+    if images_seen is None:
         return 0
-    state = checkpoints.load(optimizer.tensors())
-    if state["global_batch"] != batch:
+    before = checkpoints.load(optimizer.tensors()).get("global_batch")
+    if before != batch:
         raise UserError(
-            f"the run has a global batch of {state['global_batch']} images, this command {batch}; "
+            f"the run has a global batch of {str(before)[:20]} images, this command {batch}; "
             f"adjust --train.batch or --train.grad_accum so that batch × grad_accum × ranks stays"
         )
-    return state["images_seen"]
+    return images_seen
 
 
 def draw_grid(model: DiT, config: Config, autoencoder: vae.VAE | None, world: World, path: Path) -> Path:

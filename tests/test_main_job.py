@@ -49,11 +49,11 @@ def run_killed(config: Config, after: int, number: int) -> int:
     """A run that a signal reaches in its optimizer step number `after`, before anything of it is applied."""
     before, calls = Optimizer.step, [0]
 
-    def step(self, images_seen):
+    def step(self, *args):
         calls[0] += 1
         if calls[0] == after:
             os.kill(os.getpid(), number)
-        return before(self, images_seen)
+        return before(self, *args)
 
     Optimizer.step = step
     return train.train(config)
