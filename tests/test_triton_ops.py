@@ -8,10 +8,14 @@ import torch
 from fastdit_kernels import Ops
 from fastdit_kernels.reference import REFERENCE
 from fastdit_kernels.triton_ops import TRITON
-from torch import nn
+from torch import Tensor, nn
 from torch._inductor.utils import run_fw_bw_and_get_code
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from fastdit.config import ModelConfig
+from fastdit.model import Block as DiTBlock
+from fastdit.model import DiT
 
 B, T, D = 2, 13, 40
 
@@ -100,3 +104,56 @@ def test_a_block_compiles_whole_with_no_copy_of_a_modulation_view(train):
         assert "fastdit" in code
     assert len(re.findall(r"torch\.ops\.fastdit\.\w+_backward\.default\(", backward)) == 3
     assert "gate_residual_ln_modulate_backward.default(None," in backward  # nothing reads the last residual: no zeros stand in
+
+
+def random_weights(module: nn.Module) -> None:
+    """Random parameters by name: adaLN-Zero's zeros would hide most of what the kernels do."""
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) * 0.1)
+
+
+@pytest.mark.parametrize("conv_kernel", [0, 3, 4, 5])
+def test_the_whole_model_has_the_references_loss_and_every_gradient(device, conv_kernel):
+    config = ModelConfig((10, 6), 4, num_classes=3, patch=2, depth=3, width=40, num_heads=2, conv_kernel=conv_kernel)
+    rng = torch.Generator().manual_seed(4)
+    x, target = (torch.randn(3, 4, 10, 6, generator=rng).to(device) for _ in range(2))
+    t, y = torch.tensor([5, 400, 999], device=device), torch.tensor([0, 2, 1], device=device)
+
+    def loss_and_gradients(ops: Ops) -> tuple[Tensor, dict[str, Tensor]]:
+        model = DiT(config, ops)
+        random_weights(model)
+        loss = F.mse_loss(model.to(device)(x, t, y), target)
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    loss, gradients = loss_and_gradients(TRITON)
+    expected_loss, expected = loss_and_gradients(REFERENCE)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0, name
+        error = (gradients[name] - gradient).norm() / gradient.norm()
+        assert error <= 2e-5, (name, error)
+
+
+def test_the_models_own_block_compiles_whole_with_every_kernel(device):
+    """As parallel.shard compiles it: in place, fullgraph, on views of the packed modulation."""
+    config = ModelConfig((10, 6), 4, patch=2, depth=2, width=40, num_heads=2)
+    rng = torch.Generator().manual_seed(5)
+    x, y = (torch.randn(2, 15, 40, generator=rng).to(device) for _ in range(2))
+    packed = torch.randn(2, 14, 40, generator=rng).to(device)
+    results = []
+    for compile in (False, True):
+        block = DiTBlock(config, TRITON, recompute=False)
+        random_weights(block)
+        block.to(device)
+        if compile:
+            block.compile(fullgraph=True)
+        leaf = packed[:, 5:11].detach().requires_grad_()  # strided: rows 5 to 10 of 14
+        out, update = block(x, y, leaf)
+        (out.square().mean() + update.square().mean()).backward()
+        results.append([out, update, leaf.grad, *(p.grad for p in block.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
