@@ -40,13 +40,13 @@ class Pretrained(nn.Module):
 
         hub: token, cache_dir, local_files_only … of huggingface_hub.hf_hub_download. No code of the repository is run.
         """
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = _download(str(source), revision, hub)
-        run = configs.load(folder / CONFIG)
+        paths = [Path(source, name) for name in (CONFIG, WEIGHTS)]
+        if not Path(source).is_dir():
+            paths = _download(str(source), revision, hub)
+        run = configs.load(paths[0])
         with torch.device("meta"):
             model = cls(run.model, ops)
-        model.assign(load_weights(folder / WEIGHTS)[0], str(folder / WEIGHTS), dtype, device)
+        model.assign(load_weights(paths[1])[0], str(source), dtype, device)
         model.run = run
         return model.eval()
 
@@ -106,12 +106,12 @@ def upload(folder: Path, repo_id: str, *, private: bool | None = None, token: st
         raise UserError(f"not uploaded to {repo_id}: {' '.join(str(error).split())[:300]}") from None
 
 
-def _download(repo_id: str, revision: str | None, options: dict[str, Any]) -> Path:
+def _download(repo_id: str, revision: str | None, options: dict[str, Any]) -> list[Path]:
+    """The two files in the hub's cache, which keeps links where they are named and the files themselves elsewhere."""
     from huggingface_hub import hf_hub_download
 
     try:
-        files = [Path(hf_hub_download(repo_id, name, revision=revision, **options)) for name in (CONFIG, WEIGHTS)]
+        return [Path(hf_hub_download(repo_id, name, revision=revision, **options)).resolve() for name in (CONFIG, WEIGHTS)]
     except Exception as error:  # of the network, the hub, the cache or the name
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{repo_id}: no such folder, and not loaded from the hub: {reason}") from None
-    return files[0].parent

@@ -31,6 +31,15 @@ D, L, H, T = 48, 2, 3, 16  # a width, blocks, heads and tokens that are no size 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These networks are too small to share out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def random(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=rng) * 0.2 for name, shape in shapes.items()}

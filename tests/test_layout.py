@@ -18,9 +18,9 @@ RANKS = [
     {"cats", "gauges", "trackers", "weights", "pickles"},
     {"pretrained"},
     {"model", "diffusion", "vae", "images", "parallel", "optim", "checkpoint", "meter", "packs", "gpus", "profiler"},
-    {"latents", "pictures", "foreign", "footprint"},
+    {"latents", "pictures", "foreign", "pipeline", "footprint"},
     {"costs"},
-    {"train", "encode", "sample", "convert", "plan"},
+    {"train", "encode", "sample", "convert", "export", "plan"},
 ]
 
 
@@ -91,6 +91,8 @@ def test_what_is_tested_exists():
         "aot",  # every kernel, compiled ahead of time
         "step",  # the whole training step
         "main_job",  # the verbs together
+        "reliability",  # whatever may happen to a run
+        "fuzz",  # whatever may be given to a run
         "samplers",  # the other half of diffusion.py
     }
     for path in [*ROOT.glob("tests/test_*.py"), *ROOT.glob("bench/bench_*.py")]:

@@ -1,0 +1,148 @@
+"""Our models as a diffusers pipeline, with diffusers' own schedulers and AutoencoderKL.
+
+    from fastdit.pipeline import FastDiTPipeline
+    pipe = FastDiTPipeline.from_pretrained(folder)
+    pipe(class_labels=[3, 7], num_inference_steps=20).images
+
+diffusers imports no module because a folder names it, so import this one first; no remote code is ever needed.
+"""
+
+import inspect
+import typing
+import warnings
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from fastdit_kernels.reference import REFERENCE
+from torch import Tensor
+
+from fastdit.config import DiffusionConfig, ModelConfig
+from fastdit.diffusion import sampling_times
+from fastdit.model import DiT
+
+# diffusers finds out how to load a component by these base classes' names in the component's module.
+__all__ = ["FastDiTModel", "FastDiTPipeline", "ModelMixin", "scheduler_of"]
+
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+class FastDiTModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as each of diffusers' own models is
+    """A DiT in diffusers' clothes. `model` holds the fields of ModelConfig."""
+
+    @register_to_config
+    def __init__(self, model: dict[str, Any]):
+        super().__init__()
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in model.items()}
+        self.dit = DiT(ModelConfig(**fields), REFERENCE)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Transformer2DModelOutput:
+        """x [B, C, rows, columns] at t [B] or one number, labels [B] → `.sample`, fp32; with learned sigma 2·C channels."""
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
+        return Transformer2DModelOutput(sample=self.dit(hidden_states, timestep, class_labels))
+
+
+class FastDiTPipeline(DiffusionPipeline):
+    """Pictures from a FastDiTModel, one network evaluation per step unless guidance is asked for.
+
+    vae: None for a model of pixels.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
+    _optional_components = ["vae"]  # noqa: RUF012
+
+    def __init__(self, transformer: FastDiTModel, scheduler: SchedulerMixin, vae: AutoencoderKL):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int] | None = None,
+        num_images: int = 1,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 20,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """One image per label; num_images of them from a model without classes.
+
+        The steps lie where `fastdit.diffusion.sampling_times` puts them if the scheduler takes a list of times, else where the
+        scheduler does. latents: the noise to start from, [B, C, rows, columns]. output_type: pil, np or pt (0 … 1, [B, 3,
+        rows, columns]). Raises ValueError.
+        """
+        config, device = self.transformer.dit.config, self._execution_device
+        if (class_labels is None) == bool(config.num_classes):
+            classes = f"has classes 0 … {config.num_classes - 1}: give class_labels" if config.num_classes else "has no classes"
+            raise ValueError(f"the model {classes}")
+        if class_labels is not None and not all(0 <= label < config.num_classes for label in class_labels):
+            raise ValueError(f"class_labels are {class_labels}; the model has classes 0 … {config.num_classes - 1}")
+        guided = guidance_scale != 1
+        if guided and not config.class_dropout:
+            raise ValueError(f"guidance_scale is {guidance_scale}; the model was trained without a null class, so only 1 works")
+        y = None if class_labels is None else torch.tensor(class_labels, device=device)
+        shape = (num_images if y is None else len(y), config.channels, *config.input_size)
+        x = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device)
+        if x.shape != shape:
+            raise ValueError(f"latents have the shape {tuple(x.shape)}; expected {shape}")
+        labels = torch.cat([y, torch.full_like(y, config.num_classes)]) if guided and y is not None else y
+
+        self._set_times(num_inference_steps, device)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            given = torch.cat([x, x]) if guided else x
+            if hasattr(self.scheduler, "scale_model_input"):
+                given = self.scheduler.scale_model_input(given, t)
+            out = self.transformer(given, t, labels).sample[:, : config.channels]  # without the learned variance
+            if guided:
+                labelled, unlabelled = out.chunk(2)
+                out = unlabelled + guidance_scale * (labelled - unlabelled)
+            x = self.scheduler.step(out, t, x).prev_sample
+        if self.vae is not None:
+            about = self.vae.config
+            x = self.vae.decode((x / about.scaling_factor + (about.get("shift_factor") or 0.0)).to(self.vae.dtype)).sample
+        images: Any = ((x.float() + 1) / 2).clamp(0, 1)
+        if output_type != "pt":
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+            if output_type == "pil":
+                images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _set_times(self, steps: int, device: torch.device) -> None:
+        about, takes = self.scheduler.config, inspect.signature(self.scheduler.set_timesteps).parameters
+        timesteps, schedule = about.num_train_timesteps, about.get("beta_schedule")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # diffusers 0.42 hands NumPy a tensor the old way
+            if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+                times = sampling_times(DiffusionConfig(kind="flow", timesteps=timesteps), steps)
+                self.scheduler.set_timesteps(sigmas=[t / timesteps for t in times], device=device)
+            elif "timesteps" in takes and schedule in typing.get_args(typing.get_type_hints(DiffusionConfig)["beta_schedule"]):
+                times = sampling_times(DiffusionConfig(beta_schedule=schedule, timesteps=timesteps), steps)
+                self.scheduler.set_timesteps(timesteps=[int(t) for t in times], device=device)
+            else:
+                self.scheduler.set_timesteps(steps, device=device)
+
+
+def scheduler_of(config: DiffusionConfig) -> SchedulerMixin:
+    """The diffusers scheduler that samples as sample.py does by default: DPM-Solver++ (2M), or Euler under flow."""
+    if config.kind == "flow":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.timesteps)
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=config.timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=PREDICTIONS[config.prediction],
+        thresholding=config.clip_x0,  # with sample_max_value 1 it clips predicted x0 to ±1
+    )
+    # Read by DDIM and DDPM, should a user change to them; their default would clip latents.
+    scheduler.register_to_config(clip_sample=config.clip_x0)
+    return scheduler

@@ -1,0 +1,398 @@
+"""Weights that leave: the same outputs in every form, opened by diffusers' own classes, or refused where it has no place."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from fastdit_kernels.reference import REFERENCE
+
+from fastdit import config as C
+from fastdit import diffusion, draws, sample, train
+from fastdit.checkpoint import Checkpoints
+from fastdit.config import Config, UserError
+from fastdit.convert import Options as ConvertOptions
+from fastdit.convert import convert
+from fastdit.export import Options, export, to_diffusers
+from fastdit.model import DiT
+from fastdit.weights import load_weights
+
+SMALL = {"input_size": (8, 8), "num_classes": 5, "patch": 2, "depth": 2, "width": 48, "num_heads": 3}
+PLAIN = {**SMALL, "channels": 4, "conv_kernel": 0, "time_embedding": "diffusers", "position": "fixed"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These networks are too small to share out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config_of(folder: Path, model: dict, **groups) -> Config:
+    run = {"name": "tiny", "folder": str(folder)}
+    data = {"source": "folder", "path": "photos", "image_size": (8, 8), **groups.pop("data", {})}
+    return C.replace(C.Config(), run=run, data=data, model=model, sample={"num": 4, "steps": 2}, **groups)
+
+
+def random_model(config: Config, seed: int = 1) -> DiT:
+    model = DiT(config.model, REFERENCE)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) * 0.2)
+        for name, value in model.fixed().items():
+            model.get_parameter(name).copy_(value)
+    return model.eval()
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run(model fields, other groups …): a run folder with one checkpoint, its config, and the averaged model in it."""
+
+    def make_run(model: dict, **groups) -> tuple[Path, Config, DiT]:
+        config = config_of(tmp_path, model, **groups)
+        averaged, alive = random_model(config), random_model(config, seed=2)
+        trained = {n: p.detach() for n, p in alive.named_parameters() if p.requires_grad}
+        run = tmp_path / "tiny"
+        run.mkdir()
+        C.save(config, run / "config.json")
+        checkpoints = Checkpoints(run / "checkpoints", 3)
+        weights = {n: p.detach() for n, p in averaged.named_parameters() if p.requires_grad}
+        checkpoints.save(640, {f"model.{n}": p for n, p in trained.items()}, {}, weights=weights)
+        checkpoints.wait()
+        lines = [{"images": 320, "loss": 0.5}, {"images": 640, "loss": 0.25, "img_per_s": 12.0}, {"images": 960, "loss": 0.1}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+        (run / "samples").mkdir()
+        for images in (320, 640, 960):
+            (run / "samples" / f"{images:09d}.png").write_bytes(b"grid %d" % images)
+        return run, config, averaged
+
+    return make_run
+
+
+@pytest.fixture
+def autoencoder(tmp_path) -> Path:
+    """An untrained AutoencoderKL: 4 latent channels, a factor of 2."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    model = AutoencoderKL(**kinds, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, scaling_factor=0.3)
+    model.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def inputs(config: Config, B: int = 3):
+    rng = torch.Generator().manual_seed(2)
+    x = torch.randn(B, config.model.channels, *config.model.input_size, generator=rng)
+    y = torch.arange(B) % config.model.num_classes if config.model.num_classes else None
+    return x, torch.tensor([0, 500, 999]), y
+
+
+def refuses(options: Options, said: str) -> None:
+    with pytest.raises(UserError, match=rf"\A[^\n]*{re.escape(said)}[^\n]*\Z"):
+        export(options)
+
+
+# --- our own folder ---
+
+
+@pytest.mark.parametrize("model", [SMALL, PLAIN, {**SMALL, "num_classes": 0, "qk_norm": True, "learn_sigma": True}], ids=str)
+def test_an_exported_folder_is_the_model(make_run, tmp_path, model):
+    groups = {"data": {"vae": "x", "image_size": (64, 64)}} if model is PLAIN else {}
+    run, config, averaged = make_run(model, **groups)
+    out = export(Options(str(run)))
+    assert out == run / "export-fastdit"
+    loaded = DiT.from_pretrained(out)
+    assert loaded.run == config
+    x, t, y = inputs(config)
+    assert torch.equal(loaded(x, t, y), averaged(x, t, y))
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "config.json").read_bytes() == (out / "config.json").read_bytes()
+    live = DiT.from_pretrained(
+        export(Options(str(run / "checkpoints" / "000000000640"), weights="live", out=str(tmp_path / "live")))
+    )
+    assert torch.equal(live(x, t, y), random_model(config, seed=2)(x, t, y))
+
+
+def test_the_card_says_what_the_weights_had_seen(make_run):
+    run, _, _ = make_run(SMALL)
+    out = export(Options(str(run), format="pipeline"))
+    card = (out / "README.md").read_text()
+    for said in (
+        "| images seen | 640 |",
+        "| loss | 0.25 |",
+        "| images per second | 12 |",
+        "5 classes",
+        "3×3 depthwise",
+        '"lr": 0.0001',
+    ):
+        assert said in card
+    assert "from fastdit.pipeline import FastDiTPipeline" in card
+    assert (out / "samples.png").read_bytes() == b"grid 640"
+
+
+def drawn(options: sample.Options) -> None:
+    sample.sample(options)
+
+
+def test_sample_opens_an_exported_folder(make_run, run_ranks, tmp_path):
+    run, _, _ = make_run(SMALL)
+    out = export(Options(str(run)))
+    for source in (run, out):
+        options = sample.Options(str(source), num=3, steps=2, out=str(tmp_path / f"from {source.name}"), precision="fp32")
+        run_ranks(1, drawn, options, init=False)
+    a, b = ([p.read_bytes() for p in (tmp_path / f"from {source.name}").glob("*.png")] for source in (run, out))
+    assert len(a) == 1
+    assert a == b
+
+
+def test_the_hub_is_given_the_folder_and_gives_it_back(make_run, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    run, config, averaged = make_run(SMALL)
+    calls = []
+
+    class Api:
+        def __init__(self, token=None):
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append((repo_id, private, exist_ok))
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            # What the hub's client keeps of a repository: a revision's name, blobs, and links to them by the files' names.
+            cache = tmp_path / "cache" / f"models--{repo_id.replace('/', '--')}"
+            snapshot = cache / "snapshots" / ("0" * 40)
+            for folder in (snapshot, cache / "refs", cache / "blobs"):
+                folder.mkdir(parents=True)
+            (cache / "refs" / "main").write_text("0" * 40)
+            for number, path in enumerate(folder_path.iterdir()):
+                (cache / "blobs" / str(number)).write_bytes(path.read_bytes())
+                (snapshot / path.name).symlink_to(cache / "blobs" / str(number))
+            calls.append(options)
+            return type("Commit", (), {"commit_url": "https://hub/commit"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert averaged.push_to_hub("me/cats", config, private=True, token="t", commit_message="first") == "https://hub/commit"
+    assert calls == [("token", "t"), ("me/cats", True, True), {"commit_message": "first"}]
+    loaded = DiT.from_pretrained("me/cats", cache_dir=tmp_path / "cache", local_files_only=True)
+    x, t, y = inputs(config)
+    assert torch.equal(loaded(x, t, y), averaged(x, t, y))
+    with pytest.raises(UserError, match=r"\Ame/dogs: no such folder, and not loaded from the hub: [^\n]*\Z"):
+        DiT.from_pretrained("me/dogs", cache_dir=tmp_path / "cache", local_files_only=True)
+    monkeypatch.setattr(Api, "upload_folder", lambda *_, **__: 1 / 0)
+    refuses(Options(str(run), push="me/cats"), "not uploaded to me/cats")
+
+
+def test_what_cannot_be_exported_is_refused_and_nothing_overwritten(make_run, tmp_path):
+    run, config, averaged = make_run(SMALL)
+    refuses(Options(str(tmp_path / "nowhere")), "not a folder")
+    (tmp_path / "empty").mkdir()
+    refuses(Options(str(tmp_path / "empty")), "no checkpoint yet")
+    out = export(Options(str(run)))
+    before = (out / "model.safetensors").read_bytes()
+    refuses(Options(str(run)), "exists and is not empty")
+    refuses(Options(str(out), out=str(tmp_path / "x"), weights="live"), "one set of weights")
+    assert (out / "model.safetensors").read_bytes() == before
+    with pytest.raises(UserError, match="needs the config"):
+        averaged.save_pretrained(tmp_path / "y")
+    with pytest.raises(UserError, match="needs the config"):
+        averaged.save_pretrained(tmp_path / "y", C.replace(config, model={"depth": 3}))
+    weights = run / "checkpoints" / "000000000640" / "ema.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    refuses(Options(str(run), out=str(tmp_path / "z")), "ema.safetensors is damaged")
+    assert not (tmp_path / "z").exists()
+
+
+# --- diffusers' DiTPipeline ---
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers 0.42, in its scheduler
+@pytest.mark.parametrize(
+    "model",
+    [
+        PLAIN,
+        {**PLAIN, "num_classes": 0},
+        {**PLAIN, "class_dropout": 0.1, "learn_sigma": True},
+        {**PLAIN, "patch": 4, "depth": 1},
+    ],
+    ids=["classes", "unconditional", "null class and sigma", "one block"],
+)
+def test_diffusers_opens_and_runs_its_own_pipeline(make_run, autoencoder, tmp_path, model):
+    from diffusers import DiffusionPipeline, DiTPipeline
+
+    run, config, averaged = make_run(
+        model, data={"vae": str(autoencoder), "image_size": (16, 16)}, diffusion={"clip_x0": False}
+    )
+    out = export(Options(str(run), format="diffusers"))
+    pipe = DiffusionPipeline.from_pretrained(out)
+    assert type(pipe) is DiTPipeline
+    pipe.set_progress_bar_config(disable=True)
+    x, t, y = inputs(config)
+    with torch.no_grad():
+        theirs = pipe.transformer(x, t, torch.zeros(3, dtype=torch.int64) if y is None else y).sample
+        found = averaged(x, t, y)
+    assert (theirs - found).abs().max() <= 1e-5 * found.abs().max()
+    assert len(pipe(class_labels=[0, 0], guidance_scale=1.0, num_inference_steps=2).images) == 2
+    # And back: the same weights, but for the class that the unconditional model did not have.
+    back = DiT.from_pretrained(convert(ConvertOptions(str(out), str(tmp_path / "back"))))
+    assert (back.run.diffusion, back.config.time_embedding, back.config.position) == (config.diffusion, "diffusers", "fixed")
+    ours, again = averaged.state_dict(), back.state_dict()
+    assert all(torch.equal(again[n], v) for n, v in ours.items() if n not in ("y_embedder.weight", "pos_embed"))
+    assert torch.equal(
+        again["y_embedder.weight"][: len(ours.get("y_embedder.weight", ()))], ours.get("y_embedder.weight", torch.empty(0, 48))
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"conv_kernel": 3}, "no depthwise convolution"),
+        ({"qk_norm": True}, "no QK-norm"),
+        ({"mlp_ratio": 2}, "four times the width"),
+        ({"input_size": (8, 12)}, "sees squares"),
+        ({"time_embedding": "dit"}, "--model.time_embedding diffusers"),
+        ({"position": "learned"}, "--model.position fixed"),
+        ({}, "this model sees pixels"),
+    ],
+    ids=str,
+)
+def test_what_diffusers_cannot_express_is_refused(make_run, tmp_path, change, said):
+    model = {**PLAIN, "channels": 3, **change}
+    run, _, _ = make_run(model, data={"image_size": model["input_size"]})
+    refuses(Options(str(run), format="diffusers"), said)
+    assert not (run / "export-diffusers").exists()
+
+
+def trained(config: Config) -> int:
+    return train.train(config)
+
+
+def test_a_run_trained_to_fit_diffusers_does(run_ranks, tmp_path):
+    """A fixed position embedding stays what it was through training, averaging, checkpoints and a resume on two ranks."""
+    config = C.replace(
+        C.RECIPES["cats"],
+        run={"name": "tiny", "folder": str(tmp_path)},
+        data={"num_images": 64, "packs": str(tmp_path / "packs")},
+        model={
+            "patch": 8,
+            "depth": 2,
+            "width": 32,
+            "num_heads": 2,
+            "conv_kernel": 0,
+            "time_embedding": "diffusers",
+            "position": "fixed",
+        },
+        sample={"num": 2, "steps": 2},
+        train={"images": 32, "batch": 16, "warmup_images": 16, "lr_decay": "constant"},
+        parallel={"threads": 1, "precision": "fp32"},
+    )
+    assert run_ranks(1, trained, config, init=False) == [0]
+    longer = C.replace(config, train={"images": 64, "batch": 8})
+    assert run_ranks(2, trained, longer, init=False) == [0, 0]
+    for weights in ("ema", "live"):
+        model = DiT.from_pretrained(export(Options(str(tmp_path / "tiny"), out=str(tmp_path / weights), weights=weights)))
+        assert torch.equal(model.pos_embed, model.fixed()["pos_embed"])
+        assert model.final_layer.linear.weight.count_nonzero() > 0
+        to_diffusers(model.config, {n: p.detach() for n, p in model.named_parameters()})
+    [newest] = (tmp_path / "tiny" / "checkpoints").glob("*64")
+    assert "pos_embed" not in load_weights(newest / "ema.safetensors")[0]
+
+
+# --- our own pipeline ---
+
+
+def opened(out: Path, **options):
+    from fastdit.pipeline import FastDiTPipeline
+
+    pipe = FastDiTPipeline.from_pretrained(out, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("model", "process", "guidance"),
+    [
+        (SMALL, {}, 1.0),
+        (SMALL, {"prediction": "v", "beta_schedule": "linear"}, 1.0),
+        ({**SMALL, "num_classes": 0, "conv_kernel": 4}, {"prediction": "x0"}, 1.0),
+        ({**SMALL, "class_dropout": 0.1, "learn_sigma": True}, {}, 2.5),
+        (SMALL, {"kind": "flow", "clip_x0": False}, 1.0),
+    ],
+    ids=["epsilon", "v", "unconditional x0, K=4", "guided, learned sigma", "flow"],
+)
+def test_our_pipeline_draws_what_sample_draws(make_run, model, process, guidance):
+    run, config, averaged = make_run(model, diffusion=process)
+    pipe = opened(export(Options(str(run), format="pipeline")))
+    assert pipe.vae is None
+    noise = draws.normal((3, 8, 8), 7, "sample noise", 0, 2, torch.device("cpu"))
+    y = torch.tensor([1, 4]) if config.model.num_classes else None
+    m = config.model
+    x0 = diffusion.sample(
+        averaged, config.diffusion, (2, 3, 8, 8), y, steps=20, guidance=guidance, seed=7,
+        null_class=m.num_classes if m.class_dropout else None, learn_sigma=m.learn_sigma,
+    )  # fmt: skip
+    labels = {"class_labels": y.tolist()} if y is not None else {"num_images": 2}
+    images = pipe(**labels, latents=noise, guidance_scale=guidance, num_inference_steps=20, output_type="pt").images
+    wanted = ((x0 + 1) / 2).clamp(0, 1)
+    # The solvers hand on different numbers (x0 there, the prediction here), so they round apart: by far less than a grey level.
+    assert (images - wanted).abs().max() <= 1 / 2550
+
+
+def test_our_pipeline_decodes_latents_and_takes_other_schedulers(make_run, autoencoder):
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    from fastdit.vae import VAE
+
+    data = {"vae": str(autoencoder), "image_size": (16, 16)}
+    run, config, averaged = make_run({**SMALL, "channels": 4}, data=data, diffusion={"clip_x0": False})
+    out = export(Options(str(run), format="pipeline"))
+    pipe = opened(out)
+    assert type(pipe.scheduler) is DPMSolverMultistepScheduler
+    noise = draws.normal((4, 8, 8), 7, "sample noise", 0, 2, torch.device("cpu"))
+    x0 = diffusion.sample(averaged, config.diffusion, (2, 4, 8, 8), torch.tensor([0, 3]), steps=20, seed=7)
+    images = pipe(class_labels=[0, 3], latents=noise, num_inference_steps=20, output_type="pt").images
+    wanted = ((VAE(pipe.vae, torch.device("cpu")).decode(x0) + 1) / 2).clamp(0, 1)
+    assert (images - wanted).abs().max() <= 1 / 2550
+    pictures = pipe([2], generator=torch.Generator().manual_seed(0), num_inference_steps=20).images
+    assert pictures[0].size == (16, 16)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    assert not pipe.scheduler.config.clip_sample
+    assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    assert pipe([2], num_inference_steps=3, output_type="np").images.shape == (1, 16, 16, 3)
+    half = opened(out, dtype=torch.bfloat16)
+    assert half.transformer.dtype == torch.bfloat16
+    assert half([2], num_inference_steps=2, output_type="pt").images.isfinite().all()
+    assert sorted(p.name for p in out.rglob("*.py")) == []
+
+
+def test_our_pipeline_refuses_what_the_model_cannot_do(make_run):
+    run, _, _ = make_run(SMALL)
+    pipe = opened(export(Options(str(run), format="pipeline")))
+    for options, said in (
+        ({}, "give class_labels"),
+        ({"class_labels": [5]}, "classes 0 … 4"),
+        ({"class_labels": [-1]}, "classes 0 … 4"),
+        ({"class_labels": [1], "guidance_scale": 4.0}, "without a null class"),
+        ({"class_labels": [1], "latents": torch.zeros(2, 3, 8, 8)}, "expected"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pipe(**options)
+
+
+def test_every_setting_of_a_model_survives_the_pipeline(make_run):
+    run, config, averaged = make_run({**SMALL, "conv_kernel": 5, "qk_norm": True, "mlp_ratio": 2, "class_dropout": 0.2})
+    pipe = opened(export(Options(str(run), format="pipeline")))
+    assert pipe.transformer.dit.config == config.model
+    assert dataclasses.asdict(config.model)["input_size"] == (8, 8)
+    x, t, y = inputs(config)
+    assert torch.equal(pipe.transformer(x, t, y).sample, averaged(x, t, y))
