@@ -82,6 +82,7 @@ class DiffusionConfig:
     timesteps: int = 1000  # of the training process
     min_snr: float = 0.0  # gamma of min-SNR loss weighting (5 in the paper); 0: off
     flow_t: Literal["uniform", "logit_normal"] = "uniform"  # distribution of t under flow
+    model_guidance: float = 0.0  # train classes in as a guidance of scale 1/(1 - this) would sample them; 0: off
     clip_x0: bool = True  # clip predicted x0 to ±1 while sampling: right for pixels, wrong for latents
 
 
@@ -90,7 +91,15 @@ class SampleConfig:
     sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler"] = "auto"  # auto: dpm++, or euler under flow
     steps: int = 20  # network evaluations per image
     guidance: float = 1.0  # classifier-free guidance scale; 1: off, one forward per step
+    guidance_low: float = 0.0  # guide only from this share of the process's timesteps …
+    guidance_high: float = 1.0  # … to this one; steps outside take one forward
     num: int = 64  # images in the grid
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every_images: int = 0  # images between evaluations during training, the offline metric on EMA weights; 0: none
+    num: int = 500  # pictures made for each, and held-out images they are compared with
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -156,9 +166,13 @@ def dit(size: str, patch: int, **fields: Any) -> ModelConfig:
 
 
 RECIPES = {
-    # Drawn cats composed from layers that a dependency ships: no GPU and no download, pictures within minutes.
+    # Drawn cats composed from layers that a dependency ships: no GPU and no download, cats within minutes on two CPU cores.
+    # At so few images, predicting x0 draws cats three times sooner than predicting noise does; they all look one way, unflipped.
     "cats": Config(
-        train=TrainConfig(images=60_000, batch=64, lr=1e-3, lr_decay="cosine", warmup_images=3_000),
+        data=DataConfig(hflip=False),
+        model=ModelConfig(patch=4, depth=6, width=256, num_heads=4),
+        diffusion=DiffusionConfig(prediction="x0"),
+        train=TrainConfig(images=48_000, batch=32, lr=1e-3, lr_decay="cosine", warmup_images=3_000),
     ),
     # The paper recipe of this repository: huggan/cats at 256 pixels, DiT-B/2 on SD latents, 8 GPUs.
     "cats-256": Config(
@@ -297,6 +311,15 @@ def validate(config: Config) -> None:
         ),
         (s.guidance == 1 or m.class_dropout, f"--sample.guidance {s.guidance:g} needs a --model.class_dropout above 0"),
         (
+            s.guidance_low < s.guidance_high <= 1,
+            f"--sample.guidance_low {s.guidance_low:g} and guidance_high {s.guidance_high:g}: 0 ≤ low < high ≤ 1",
+        ),
+        (
+            not diffusion.model_guidance or m.class_dropout,
+            f"--diffusion.model_guidance {diffusion.model_guidance:g} needs a --model.class_dropout above 0",
+        ),
+        (config.eval.num >= 16, f"--eval.num is {config.eval.num}; the metric needs at least 16 pictures"),
+        (
             s.sampler == "auto" or (s.sampler == "euler") == flow,
             f"--sample.sampler {s.sampler} does not sample --diffusion.kind {diffusion.kind}; "
             f"use {'euler' if flow else 'ddpm, ddim or dpm++'}",
@@ -315,7 +338,7 @@ POSITIVE = {
     "parallel": ("timeout_minutes",),
     "log": ("keep",),
 }
-BELOW_ONE = {"train": ("ema", "beta2"), "model": ("class_dropout",)}
+BELOW_ONE = {"train": ("ema", "beta2"), "model": ("class_dropout",), "diffusion": ("model_guidance",)}
 
 
 MOST = 2**31 - 1  # of a whole number; more overflows somewhere below
