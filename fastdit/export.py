@@ -35,6 +35,7 @@ class Options:
     format: Literal["fastdit", "diffusers", "pipeline"] = "fastdit"  # what is to open it
     out: str = ""  # folder to write; empty: export-FORMAT in the run folder
     weights: Literal["ema", "live"] = "ema"  # averaged, or as the optimizer left them
+    vae: str = ""  # folder or hub id of the autoencoder; empty: as the run's config says
     push: str = ""  # hub repository to upload the folder to; empty: none
     private: bool = False  # make that repository private if it is new
 
@@ -60,6 +61,9 @@ def main() -> None:
 def export(options: Options) -> Path:
     """Read, write, describe, upload. Returns the folder. Raises UserError, one line."""
     trained = find(Path(options.source), options.weights)
+    if options.vae:
+        trained = trained._replace(config=configs.replace(trained.config, data={"vae": options.vae}))
+        configs.validate(trained.config)
     out = Path(options.out) if options.out else trained.run / f"export-{options.format}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another --out")
@@ -215,7 +219,8 @@ model = DiT.from_pretrained("{out}")  # model(x, t, y)""",
     "diffusers": """from diffusers import DiTPipeline
 
 pipe = DiTPipeline.from_pretrained("{out}")
-pipe({labels}, guidance_scale={guidance}, num_inference_steps=20).images""",
+# Its guidance takes the null class to be number 1,000; with another number of classes leave it off.
+pipe({labels}, guidance_scale=1.0, num_inference_steps=20).images""",
     "pipeline": """from fastdit.pipeline import FastDiTPipeline
 
 pipe = FastDiTPipeline.from_pretrained("{out}")
@@ -240,7 +245,7 @@ def write_card(trained: Trained, options: Options, out: Path, parameters: int) -
     labels = "class_labels=[0, 1]" if m.num_classes > 1 else "class_labels=[0]"
     if options.format == "pipeline":
         labels = f"{labels}, " if m.num_classes else "num_images=4, "
-    code = OPEN[options.format].format(out=options.push or out.name, labels=labels, guidance="1.0")
+    code = OPEN[options.format].format(out=options.push or out.name, labels=labels)
     lines = ["---", f"library_name: {'fastdit' if options.format == 'fastdit' else 'diffusers'}"]
     lines += ["pipeline_tag: unconditional-image-generation", "tags: [diffusion-transformer, fastdit]", "---", ""]
     lines += [f"# {config.run.name or out.name}", ""]

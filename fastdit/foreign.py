@@ -148,7 +148,11 @@ def from_facebook(tensors: Mapping[str, Tensor], num_heads: int = 0, num_classes
 
 
 def from_diffusers(tensors: Mapping[str, Tensor], about: Mapping[str, Any], num_classes: int = 0) -> Weights:
-    """diffusers' DiTTransformer2DModel; `about` is its config.json. Raises UserError for what it can express and we cannot."""
+    """diffusers' DiTTransformer2DModel; `about` is its config.json. Raises UserError for what it can express and we cannot.
+
+    Outputs are those of diffusers' class, also for the paper's weights, whose own code spaces the timestep's frequencies in 128
+    steps where diffusers does in 127.
+    """
     given = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "attention_bias": True}
     given |= {"norm_elementwise_affine": False, "upcast_attention": False}
     for name, wanted in given.items():

@@ -354,8 +354,8 @@ def test_our_pipeline_decodes_latents_and_takes_other_schedulers(make_run, autoe
     from fastdit.vae import VAE
 
     data = {"vae": str(autoencoder), "image_size": (16, 16)}
-    run, config, averaged = make_run({**SMALL, "channels": 4}, data=data, diffusion={"clip_x0": False})
-    out = export(Options(str(run), format="pipeline"))
+    run, config, averaged = make_run({**SMALL, "channels": 4}, data={**data, "vae": "nowhere"}, diffusion={"clip_x0": False})
+    out = export(Options(str(run), format="pipeline", vae=str(autoencoder)))
     pipe = opened(out)
     assert type(pipe.scheduler) is DPMSolverMultistepScheduler
     noise = draws.normal((4, 8, 8), 7, "sample noise", 0, 2, torch.device("cpu"))
