@@ -167,7 +167,7 @@ def dit(size: str, patch: int, **fields: Any) -> ModelConfig:
 
 RECIPES = {
     # Drawn cats composed from layers that a dependency ships: no GPU and no download, cats within minutes on two CPU cores.
-    # At so few images, predicting x0 draws cats three times sooner than predicting noise does; they all look one way, unflipped.
+    # After so few images predicting x0 draws cats where predicting noise still draws noise; they all look one way, so no flip.
     "cats": Config(
         data=DataConfig(hflip=False),
         model=ModelConfig(patch=4, depth=6, width=256, num_heads=4),

@@ -125,7 +125,7 @@ def test_every_field_has_help_and_there_are_few():
     source = Path(C.__file__).read_text().split("RECIPES = ")[0]
     groups = [f.default_factory for f in dataclasses.fields(C.Config) if f.default_factory is not dataclasses.MISSING]
     fields = [f.name for g in groups for f in dataclasses.fields(g)]
-    assert len(fields) < 70
+    assert len(fields) < 80
     for name in fields:
         assert any(line.strip().startswith(f"{name}: ") and "  # " in line for line in source.splitlines()), name
 
