@@ -65,13 +65,15 @@ def make(
     times = diffusion.sampling_times(config.diffusion, config.sample.steps)
     vectors = modulations(model, times, evaluated, count * (1 + guided), world.device)
     x0 = diffusion.sample(
-        lambda x, t, y: model(x, t, y, modulation=next(vectors)),
+        lambda x, t, y: model(x, t, y, modulation=next(vectors)[: len(x)]),  # the labelled half where a step is not guided
         config.diffusion,
         (count, m.channels, *m.input_size),
         None if y is None else y.to(world.device),
         sampler=config.sample.sampler,
         steps=config.sample.steps,
         guidance=config.sample.guidance,
+        guidance_low=config.sample.guidance_low,
+        guidance_high=config.sample.guidance_high,
         seed=seed,
         first=first,
         device=world.device,
