@@ -4,6 +4,7 @@ The result is a folder that sample.py and DiT.from_pretrained open; its outputs 
 tensors are read from a file, never code: safetensors, or torch.save's files through `pickles`.
 """
 
+import dataclasses
 import json
 import re
 import sys
@@ -82,7 +83,7 @@ def _configured(run: Config, model: ModelConfig, vae: str, out: Path) -> Config:
     size = (model.input_size[0] * 8, model.input_size[1] * 8) if vae else model.input_size
     name = re.sub(r"[^A-Za-z0-9._-]", "-", out.resolve().name).lstrip("._-")[:100] or "converted"
     run = configs.replace(run, run={"name": name}, data={"vae": vae, "image_size": size}, diffusion={"clip_x0": not vae})
-    run = Config(run.run, run.data, model, run.diffusion, run.sample, run.train, run.parallel, run.log)
+    run = dataclasses.replace(run, model=model)
     configs.validate(run)
     return run
 

@@ -12,13 +12,12 @@ from fastdit_kernels import Ops
 from fastdit_kernels.attention import choose_attention
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastdit.config import Config, ModelConfig, UserError
 from fastdit.draws import generator
-from fastdit.pretrained import Pretrained
+from fastdit.pretrained import Pretrained, fill
 
 FREQUENCIES = 256  # sinusoids that embed the timestep
 
@@ -177,12 +176,8 @@ class DiT(Pretrained):
         (so a new model predicts zeros), and a sinusoidal start for the learnable position embedding.
         """
         for name, parameter in self.named_parameters():
-            full = self._initial(name, parameter.shape, generator("cpu", seed, "init", name))
-            if isinstance(parameter, DTensor):
-                # Each rank makes the full tensor and keeps its own part: no message, and no dependence on the world size.
-                full = full.to(parameter.device_mesh.device_type)
-                full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(full)
+            # Each rank makes the whole tensor and keeps its part, so nothing depends on the world size.
+            fill(parameter, self._initial(name, parameter.shape, generator("cpu", seed, "init", name)))
 
     def _initial(self, name: str, shape: torch.Size, rng: torch.Generator) -> Tensor:
         if name == "pos_embed":

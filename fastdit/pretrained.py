@@ -8,6 +8,7 @@ import torch
 from fastdit_kernels import Ops
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastdit import config as configs
 from fastdit.config import Config, ModelConfig, UserError
@@ -52,6 +53,17 @@ class Pretrained(nn.Module):
 
     def assign(self, tensors: dict[str, Tensor], source: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         """Make these tensors the parameters of a model on the meta device. Raises UserError unless they are exactly its own."""
+        fitting = self._fitting(tensors, source)
+        self.load_state_dict({name: t.to(device, dtype) for name, t in fitting.items()}, assign=True)
+
+    @torch.no_grad()
+    def fill(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Copy these whole tensors into the parameters, sharded or not. Raises UserError unless they are exactly its own."""
+        fitting = self._fitting(tensors, source)
+        for name, parameter in self.named_parameters():
+            fill(parameter, fitting[name])
+
+    def _fitting(self, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         tensors = {**self.fixed(), **tensors}
         expected = {name: p.shape for name, p in self.named_parameters()}
         for name in sorted(expected.keys() | tensors.keys()):
@@ -59,7 +71,7 @@ class Pretrained(nn.Module):
                 here = tuple(tensors[name].shape) if name in tensors else "missing"
                 there = tuple(expected[name]) if name in expected else "unknown"
                 raise UserError(f"{source} does not fit its config: {name} is {here} in the file, {there} in the model")
-        self.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
+        return tensors
 
     def fixed(self) -> dict[str, Tensor]:
         """Parameters that no training changes, and that a file of weights may therefore lack."""
@@ -82,6 +94,14 @@ class Pretrained(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, run)
             return upload(Path(folder), repo_id, private=private, **hub)
+
+
+def fill(parameter: Tensor, full: Tensor) -> None:
+    """Copy a whole tensor into a parameter. Of a sharded one each rank keeps its own part: no message passes."""
+    if isinstance(parameter, DTensor):
+        full = full.to(parameter.device_mesh.device_type)
+        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(full)
 
 
 def save_folder(folder: Path, tensors: dict[str, Tensor], run: Config, metadata: dict[str, str] | None = None) -> None:

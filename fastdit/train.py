@@ -28,6 +28,7 @@ from fastdit.optim import Optimizer, lr_at
 from fastdit.parallel import World
 from fastdit.profiler import Profiler
 from fastdit.trackers import require_wandb
+from fastdit.weights import load_weights
 
 
 def main() -> None:
@@ -278,11 +279,14 @@ def draw_grid(model: DiT, config: Config, autoencoder: vae.VAE | None, world: Wo
 
 
 def build(config: Config, world: World) -> DiT:
-    """The model on its starting weights, compiled and sharded."""
+    """The model on its starting weights, random or a file's, compiled and sharded."""
     with torch.device("meta"):
         model = DiT(config.model, choose_ops(config, world.device), recompute=config.parallel.checkpoint_activations)
     parallel.shard(model, config.parallel, world)
     model.init_weights(config.run.seed)
+    if config.train.init_from:
+        path = Path(config.train.init_from)
+        parallel.every(world, lambda: model.fill(load_weights(path)[0], str(path)))
     return model
 
 

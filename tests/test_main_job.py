@@ -307,6 +307,28 @@ def test_sampling_refuses_in_one_line(whole, run_ranks, tmp_path):
             sample(options)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_starts_from_given_weights(whole, run_ranks, tmp_path, world):
+    path = str(next((whole / "runs").rglob(f"*{STEPS * BATCH}/ema.safetensors")))
+    config = tiny(tmp_path, train={"init_from": path, "batch": BATCH // world})
+    given = load_weights(Path(path))[0]
+    for built in run_ranks(world, built_weights, config, init=False):
+        assert built.keys() == given.keys()
+        assert all(torch.equal(built[name], given[name]) for name in given)
+
+
+def built_weights(config: Config) -> dict[str, torch.Tensor]:
+    model = train.build(config, parallel.init(config.parallel))
+    return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(whole, run_ranks, tmp_path):
+    path = str(next((whole / "runs").rglob("ema.safetensors")))
+    said = said_by(run_ranks, tiny(tmp_path, train={"init_from": path}, model={"width": 64}), world=2)
+    assert "does not fit its config: adaLN_modulation.bias is (448,) in the file, (896,) in the model" in said
+    assert "no-such-file" in said_by(run_ranks, tiny(tmp_path, train={"init_from": "no-such-file"}))
+
+
 def test_the_newest_checkpoint_holds_everything_a_step_changes(whole):
     assert Checkpoints(whole / "runs" / "tiny" / "checkpoints", 3).latest() == STEPS * BATCH
 
