@@ -55,7 +55,13 @@ def init(config: ParallelConfig) -> World:
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     if not dist.is_initialized():
         timeout = timedelta(minutes=config.timeout_minutes)
-        if "RANK" in os.environ:
+        if "RANK" in os.environ and size == local_size:
+            # torchrun --max-restarts gives restarted ranks the store of those that died, whose addresses would be taken for
+            # theirs. Nodes count restarts each for itself; for several TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        elif "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -4,9 +4,12 @@ From one test source, a kernel runs on the GPU where there is one, and in Triton
 """
 
 import importlib.util
+import json
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,6 +200,24 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory):
     ranks = module.Ranks(tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.close()
+
+
+@pytest.fixture
+def soaked(request) -> Callable[..., None]:
+    """soaked(figure, passed=200, …): keep what a test marked `soak` counted in tests/results/soak.json; else do nothing."""
+
+    def soaked(figure: str, **counts: int | float | str) -> None:
+        if request.node.get_closest_marker("soak") is None:
+            return
+        path = Path(__file__).with_name("results") / "soak.json"
+        path.parent.mkdir(exist_ok=True)
+        found = json.loads(path.read_text()) if path.exists() else {}
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        found[figure] = {**counts, "test": request.node.name, "date": now, **versions}
+        path.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+
+    return soaked
 
 
 @pytest.fixture
