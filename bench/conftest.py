@@ -4,19 +4,26 @@ On a GPU a time is the median between device events with L2 flushed before each 
 bandwidth stands beside the copy, and every rate of arithmetic beside the matrix product, measured in the same run.
 """
 
+import importlib.util
 import json
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
 import triton
+
+from fastdit import parallel
+from fastdit.config import ParallelConfig
+from fastdit.gauges import Energy
+from fastdit.parallel import World
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,6 +43,7 @@ class Row(NamedTuple):
     flops: int | None
     tflop_per_s: float | None
     percent_of_matmul: float | None
+    extra: dict[str, float] | None = None  # what else was measured or follows, by name with its unit
 
 
 class Ceilings(NamedTuple):
@@ -68,6 +76,24 @@ def gpu(device: torch.device) -> torch.device:
 
 
 @pytest.fixture(scope="session")
+def baselines() -> ModuleType:
+    """The module bench/baselines.py. A fixture, since files of bench/ are no package and cannot import each other."""
+    spec = importlib.util.spec_from_file_location("baselines", Path(__file__).with_name("baselines.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """A process group of one."""
+    yield parallel.init(ParallelConfig())
+    parallel.shutdown()
+
+
+@pytest.fixture(scope="session")
 def seconds(device: torch.device) -> Callable[[Callable[[], object]], float]:
     """seconds(call): how long one call takes, its inputs not in L2."""
     if device.type != "cuda":
@@ -95,7 +121,7 @@ def seconds(device: torch.device) -> Callable[[Callable[[], object]], float]:
 @pytest.fixture(scope="session")
 def ceilings(device: torch.device, seconds) -> Ceilings:
     """The copy and the matrix product this device reaches now: what every other row is a percentage of."""
-    size, side, dtype = (2**30, 8192, torch.bfloat16) if device.type == "cuda" else (2**26, 1024, torch.float32)
+    size, side, dtype = (2**30, 8192, torch.bfloat16) if device.type == "cuda" else (2**26, 2048, torch.bfloat16)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a = torch.randn(side, side, device=device, dtype=dtype)
@@ -142,6 +168,81 @@ def measure(benchmark, request: pytest.FixtureRequest, seconds, ceilings: Ceilin
     return measure
 
 
+@pytest.fixture
+def side_by_side(
+    benchmark, request: pytest.FixtureRequest, device: torch.device, seconds, ceilings: Ceilings
+) -> Callable[..., dict[str, Row]]:
+    """side_by_side(calls, op=, shape=, rounds=, …): time several implementations in turn, round after round, a row for each.
+
+    Whatever else the machine does then falls on all of them alike: compare by `x of the first`, the median of the rounds'
+    ratios. The first one's rounds are what pytest-benchmark keeps. flops and bytes are by name, images those of one call.
+    `extra(name, seconds)` adds what follows from a median. On a GPU each row also says its peak memory and its power.
+    """
+
+    def side_by_side(
+        calls: Mapping[str, Callable[[], object]],
+        *,
+        op: str,
+        shape: str,
+        rounds: int,
+        warmup: int = 1,
+        bytes: Mapping[str, int] | None = None,
+        flops: Mapping[str, int] | None = None,
+        images: int = 0,
+        extra: Callable[[str, float], dict[str, float]] | None = None,
+    ) -> dict[str, Row]:
+        first, *others = calls
+        times: dict[str, list[float]] = {name: [] for name in calls}
+
+        def time_others() -> None:
+            for name in others:
+                times[name].append(seconds(calls[name]))
+
+        for call in calls.values():
+            for _ in range(warmup):
+                seconds(call)
+        benchmark.pedantic(lambda: times[first].append(seconds(calls[first])), setup=time_others, rounds=rounds)
+        found = {}
+        for name, call in calls.items():
+            median = statistics.median(times[name])
+            moved, computed = (bytes or {}).get(name), (flops or {}).get(name)
+            bandwidth, rate = moved and moved / median, computed and computed / median
+            more: dict[str, float] = {"img/s": images / median} if images else {}
+            if name != first:
+                more["x of the first"] = statistics.median(b / a for a, b in zip(times[first], times[name], strict=False))
+            more |= extra(name, median) if extra else {}
+            more |= _power_and_memory(call, device, images) if device.type == "cuda" else {}
+            found[name] = Row(
+                request.path.stem, op, name, shape, median * 1e6, rounds,
+                moved, bandwidth and bandwidth / 1e9, bandwidth and 100 * bandwidth / ceilings.copy,
+                computed, rate and rate / 1e12, rate and 100 * rate / ceilings.matmul, more,
+            )  # fmt: skip
+            STASH.rows.append(found[name])
+        benchmark.extra_info.update({name: row._asdict() for name, row in found.items()})
+        return found
+
+    return side_by_side
+
+
+def _power_and_memory(call: Callable[[], object], device: torch.device, images: int) -> dict[str, float]:
+    """GiB at a call's peak, and watts and J/img over two seconds of calls: NVML's counter moves tens of times a second."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    energy, start, count = Energy(torch.cuda.device_count()), time.perf_counter(), 0
+    before = energy.joules()
+    while time.perf_counter() - start < 2:
+        call()
+        torch.cuda.synchronize(device)
+        count += 1
+    after, elapsed = energy.joules(), time.perf_counter() - start
+    found = {"GiB": torch.cuda.max_memory_allocated(device) / 2**30}
+    if before is not None and after is not None:
+        found["W"] = (after - before) / elapsed
+        if images:
+            found["J/img"] = (after - before) / (count * images)
+    return found
+
+
 def _commit() -> str:
     root = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
@@ -171,7 +272,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
             f"{_form(r.bytes and r.bytes / 1e6, '.1f'):>9} {_form(r.gb_per_s, '.4g'):>7} {_form(r.percent_of_copy, '.0f'):>6}"
         )
         arithmetic = f"{_form(r.tflop_per_s, '.3g'):>7} {_form(r.percent_of_matmul, '.0f')}"
-        write(f"{r.op:36} {r.baseline:28} {r.shape:32} {r.microseconds:10.1f} {bandwidth} {arithmetic}")
+        more = "  ".join(f"{value:.4g} {name}" for name, value in (r.extra or {}).items())
+        write(f"{r.op:36} {r.baseline:28} {r.shape:32} {r.microseconds:10.1f} {bandwidth} {arithmetic}  {more}".rstrip())
     if not torch.cuda.is_available():
         return
     RESULTS.mkdir(exist_ok=True)

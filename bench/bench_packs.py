@@ -1,0 +1,73 @@
+"""The latent store: batches of a pack that is resident, and of one read ahead from its memory-mapped file.
+
+Twenty batches make one call, so that reading ahead is under way as it is in training. There is nothing else to compare with:
+what the figures must beat is the step, which must not wait for them.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdit.packs import Manifest, Pack
+
+BATCHES, BATCH = 20, 32
+SHAPES = {"latents": [2, 8, 32, 32], "pixels": [3, 32, 32]}
+
+
+def write_pack(path: Path, rows: str, count: int) -> Path:
+    """A pack of random rows, as fastdit/packs.py describes it."""
+    path.mkdir()
+    latents = rows == "latents"
+    generator = torch.Generator().manual_seed(0)
+    if latents:
+        data = torch.randn(count, *SHAPES[rows], generator=generator).bfloat16().view(torch.uint8)
+    else:
+        data = torch.randint(0, 256, (count, *SHAPES[rows]), generator=generator, dtype=torch.uint8)
+    content = data.numpy().tobytes()
+    (path / "data.bin").write_bytes(content)
+    manifest = Manifest(
+        format=1, dataset="random", transform="none", vae="none" if latents else "", vae_revision="", count=count,
+        shape=SHAPES[rows], dtype="bfloat16" if latents else "uint8", scale=0.18215 if latents else 1.0, shift=0.0,
+        labelled=False, num_classes=0, class_names=[], chunks=[[count, hashlib.sha256(content).hexdigest()]],
+        labels_sha256="", skipped=[],
+    )  # fmt: skip
+    (path / "manifest.json").write_text(json.dumps(asdict(manifest)))
+    return path
+
+
+@pytest.mark.parametrize("rows", SHAPES)
+def test_batches(side_by_side, device, tmp_path, rows):
+    path = write_pack(tmp_path / "pack", rows, 4096)
+    packs = {
+        "resident": Pack(path, device, seed=0, stride=BATCH),
+        "memory-mapped": Pack(path, device, seed=0, device_gib=0.0, stride=BATCH),
+    }
+    assert packs["resident"].resident
+    assert not packs["memory-mapped"].resident
+    seen = dict.fromkeys(packs, 0)
+    waited = dict.fromkeys(packs, 0.0)
+
+    def batches(name: str) -> None:
+        before = packs[name].waited_s
+        for _ in range(BATCHES):
+            packs[name].batch(seen[name], BATCH)
+            seen[name] += BATCH
+        waited[name] = packs[name].waited_s - before
+
+    row = packs["resident"].manifest.row_bytes
+    read = BATCHES * BATCH * row // (2 if rows == "latents" else 1)  # of an image and its mirror image one is read
+    side_by_side(
+        {name: (lambda name=name: batches(name)) for name in packs},
+        op=f"{BATCHES} batches of {rows}",
+        shape=f"{BATCH} × {SHAPES[rows]}",
+        rounds=15,
+        bytes=dict.fromkeys(packs, read),
+        images=BATCHES * BATCH,
+        extra=lambda name, s: {"batches/s": BATCHES / s, "ms waited a batch": 1000 * waited[name] / BATCHES},
+    )
+    for pack in packs.values():
+        pack.close()

@@ -1,0 +1,63 @@
+"""Sampling, per step: one picture's latency and the throughput of 64, as sample.py makes them by dpm++, against the seed's way.
+
+The seed's way runs every sample twice, labelled and unlabelled, under autocast, and computes each timestep's modulation anew.
+Ours runs each once, and computes the modulation of a schedule before it starts: that time is in the figures.
+"""
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+from fastdit import pictures
+from fastdit.config import RECIPES, SIZES, replace
+from fastdit.model import DiT, choose_ops, macs_per_image
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"),
+]
+
+
+def ours(config, batch: int, steps: int, world):
+    config = replace(config, sample={"steps": steps})
+    model = DiT(config.model, choose_ops(config, world.device))
+    model.init_weights(0)
+    model = model.to(world.device, torch.bfloat16).eval().requires_grad_(False)
+    return lambda: pictures.make(model, config, None, world, first=0, count=batch, seed=0)
+
+
+def seeds_way(baselines, batch: int, steps: int, device: torch.device):
+    model = baselines.seed_repository("B", SIZES, device).eval()
+    noise = torch.randn(batch, 4, 32, 32, device=device)
+
+    @torch.no_grad()
+    def call():
+        solver = DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", solver_order=2)
+        solver.set_timesteps(steps)
+        x = noise
+        for t in solver.timesteps:
+            with torch.autocast(device.type, torch.bfloat16):
+                labelled, unlabelled = model(torch.cat([x, x]), t.to(device).expand(2 * batch)).float().chunk(2)
+            x = solver.step(unlabelled + 4.0 * (labelled - unlabelled), t, x).prev_sample
+        return x
+
+    return call
+
+
+@pytest.mark.timeout(0)  # a busy CPU may take minutes
+@pytest.mark.parametrize("batch", [1, 64])
+def test_sampling(side_by_side, device, world, baselines, batch):
+    config = RECIPES["cats-256"]
+    gpu = device.type == "cuda"
+    steps = 20 if gpu else 10 if batch == 1 else 2  # a CPU takes seconds for each
+    flops = 2 * batch * steps * sum(macs_per_image(config.model).values())
+    side_by_side(
+        {"fastdit": ours(config, batch, steps, world), "the seed's way": seeds_way(baselines, batch, steps, device)},
+        op=f"sampling, {steps} dpm++ steps",
+        shape=f"B/2, batch {batch}, 32×32×4",
+        rounds=20 if gpu else 2 if batch > 1 else 3,
+        warmup=3 if gpu else int(batch == 1),
+        flops={"fastdit": flops, "the seed's way": 2 * flops},
+        images=batch,
+        extra=lambda _, s: {"ms per step": 1000 * s / steps},
+    )

@@ -1,0 +1,182 @@
+"""The whole training step, as train.py runs it: objective, forward, backward, clipping, AdamW, averaged weights.
+
+On a CPU: B/2, batch 8, side by side in turns, with the step's own matrix products alone as one more row: what `of the bound`
+is a fraction of is the time all the step's arithmetic would take at their rate. On a GPU: each alone, B/2 and XL/2.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastdit import train
+from fastdit.config import RECIPES, SIZES, dit, replace
+from fastdit.diffusion import Objective, schedule
+from fastdit.footprint import flash_attention
+from fastdit.gauges import peak_tflops
+from fastdit.model import Block, train_flops_per_image
+from fastdit.optim import Optimizer
+
+# PyTorch says of padding="same" with an even kernel that it copies the padded input: that is the seed's way.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+CONFIG = RECIPES["cats-256"]
+SEED = "the seed's way"
+STANDARD = "standard DiT"
+PLAIN = "fastdit, plain MLP"
+
+
+def model_config(name: str, size: str):
+    """What each computes: the same DiT, with the default convolution (K = 3), the seed's (K = 4) or none."""
+    kernel = {"fastdit": 3, SEED: 4}.get(name.removesuffix(", torch.compile"), 0)
+    return dit(size, 2, channels=4, num_classes=0, conv_kernel=kernel)
+
+
+def training(name: str, size: str, batch: int, world, baselines):
+    """A call that takes one training step."""
+    x0 = torch.randn(batch, 4, 32, 32, device=world.device)
+    if not name.startswith("fastdit"):
+        make = baselines.seed_repository if name.startswith(SEED) else baselines.standard
+        alphas_cumprod = schedule(CONFIG.diffusion)[1].to(world.device)
+        return baselines.training_step(make(size, SIZES, world.device), alphas_cumprod, x0, "torch.compile" in name)
+    config = replace(CONFIG, model=vars(model_config(name, size)), train={"batch": batch})
+    model = train.build(config, world)
+    optimizer, objective = Optimizer(model, config.train, batch), Objective(config.diffusion, device=world.device)
+    seen = [0]
+
+    def step() -> None:
+        objective.loss(model, x0, None, 0, seen[0]).backward()
+        optimizer.step(seen[0])
+        seen[0] += batch
+
+    return step
+
+
+def products(size: str, batch: int, device: torch.device):
+    """The matrix products of one step's blocks, forward and backward, in bf16 and alone; and their FLOPs."""
+    depth, D, _ = SIZES[size]
+    rows = batch * 256
+    shapes = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]
+    weights = [[torch.randn(o, i, device=device, dtype=torch.bfloat16) for i, o in shapes] for _ in range(depth)]
+    inputs, outputs = ({n: torch.randn(rows, n, device=device, dtype=torch.bfloat16) for n in (D, 3 * D, 4 * D)} for _ in "io")
+
+    def call() -> None:
+        for block in weights:
+            for w in block:
+                o, i = w.shape
+                torch.mm(inputs[i], w.t())
+                torch.mm(outputs[o], w)
+                torch.mm(outputs[o].t(), inputs[i])
+
+    return call, 6 * rows * depth * sum(i * o for i, o in shapes)
+
+
+@pytest.mark.timeout(0)  # a busy CPU may take minutes
+def test_step_in_turns(side_by_side, device, world, baselines):
+    if device.type == "cuda":
+        pytest.skip("on a GPU test_step times each alone, with the memory to itself")
+    size, batch = "B", 8
+    names = ["fastdit", SEED, PLAIN, STANDARD]
+    calls = {name: training(name, size, batch, world, baselines) for name in names}
+    flops = {name: batch * train_flops_per_image(model_config(name, size)) for name in names}
+    alone = "its matrix products alone"
+    calls[alone], flops[alone] = products(size, batch, device)
+    medians: dict[str, float] = {}
+    rows = side_by_side(
+        calls,
+        op="training step",
+        shape=f"{size}/2, batch {batch}, 32×32×4",
+        rounds=3,
+        flops=flops,
+        images=batch,
+        extra=lambda name, s: medians.update({name: s}) or {},
+    )
+    rate = flops[alone] / medians[alone]
+    for name in names:
+        rows[name].extra["of the bound"] = flops[name] / rate / medians[name]
+    rows[PLAIN].extra["x faster than the standard"] = medians[STANDARD] / medians[PLAIN]
+
+
+@pytest.mark.parametrize(("size", "batch"), [("B", 32), ("B", 128), ("XL", 32)])
+@pytest.mark.parametrize("name", ["fastdit", PLAIN, SEED, f"{SEED}, torch.compile", STANDARD, f"{STANDARD}, torch.compile"])
+def test_step(side_by_side, gpu, world, baselines, name, size, batch):
+    peak = peak_tflops(torch.cuda.get_device_name(gpu))
+    flops = batch * train_flops_per_image(model_config(name, size))
+    try:
+        side_by_side(
+            {name: training(name, size, batch, world, baselines)},
+            op="training step",
+            shape=f"{size}/2, batch {batch}, 32×32×4",
+            rounds=20,
+            warmup=5,
+            flops={name: flops},
+            images=batch,
+            extra=lambda _, s: {"MFU": flops / s / peak / 1e12} if peak else {},
+        )
+    except torch.cuda.OutOfMemoryError:
+        pytest.skip(f"{name}, {size}/2 with batch {batch} does not fit this GPU's memory")
+    finally:
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+# --- one block: ops and bytes, counted where no number is computed ---
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "attention")
+
+
+# Bytes per element of [B, T, D] of a seed's block compiled, forward and backward, from the tables of what Inductor generates:
+# the first norm 4 + 10, the gated residual and its norm 8 + 18, the last gated residual 6 + 6, GELU and convolution between
+# transposes 13 + 26 for each of 4 hidden elements, and a pass for every Linear's bias gradient, 18.
+COMPILED = 14 + 26 + 12 + 4 * 39 + 18
+
+
+class Count(TorchDispatchMode):
+    """Ops that reach a device, and the bytes that those which are no matrix product and no attention read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given, made = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
+        if func.is_view or any(word in func.__name__ for word in ("empty", "detach", "_unsafe_view", "reshape_alias")):
+            return out
+        self.ops += 1
+        if not func.__name__.startswith(PRODUCTS):
+            self.bytes += sum(min(t.numel(), t.untyped_storage().nbytes() // t.itemsize) * t.itemsize for t in (*given, *made))
+        return out
+
+
+def test_block_ops(baselines, monkeypatch):
+    """One B/2 block, forward and backward, on the meta device: ours on its kernels against the seed's, both in bf16 throughout.
+
+    Autocast's casts, which the seed's way adds, are not counted, nor is anything inside an op, nor products and attention.
+    """
+    from fastdit_kernels.triton_ops import TRITON
+
+    B, D, H = 32, 768, 12
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", heads_first)
+    with torch.device("meta"):
+        x, y = (torch.empty(B, 256, D, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        modulation = torch.empty(B, 6, D, dtype=torch.bfloat16, requires_grad=True)
+        c = torch.empty(B, D, dtype=torch.bfloat16, requires_grad=True)
+        ours = Block(model_config("fastdit", "B"), TRITON._replace(attention=flash_attention), recompute=False).bfloat16()
+        seed = baselines.PlainBlock(D, H, (16, 16), conv=True).bfloat16()
+    counts = {}
+    for name, block, inputs in (("fastdit", ours, (x, y, modulation)), (SEED, seed, (x, c))):
+        with Count() as count:
+            outputs = tree_leaves(block(*inputs))
+            torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
+        counts[name] = count
+        print(f"\n{name}: {count.ops} ops, {count.bytes / (B * 256 * D):.0f} bytes per element of the stream", end="")
+    print(f"\n{SEED}, torch.compile: {COMPILED} bytes, read from its generated code", end="")
+    assert counts["fastdit"].bytes < counts[SEED].bytes / 2
+    assert counts["fastdit"].bytes < COMPILED / 2 * B * 256 * D
+
+
+def heads_first(q, k, v):
+    """Attention on [B, H, T, K] that keeps what any fused one does; PyTorch takes its unfused path on the meta device."""
+    B, H, T, K = q.shape
+    return flash_attention(tuple(t.transpose(1, 2) for t in (q, k, v))).view(B, T, H, K).transpose(1, 2)
