@@ -4,6 +4,7 @@ Order matters: blocks recompute inside what is compiled, and are compiled before
 """
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -53,6 +54,7 @@ def init(config: ParallelConfig) -> World:
         device, backend = torch.device("cpu"), "gloo"
         # torchrun sets OMP_NUM_THREADS=1, which would leave all but one core per rank idle.
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+        keep_freed_memory()
     if not dist.is_initialized():
         timeout = timedelta(minutes=config.timeout_minutes)
         if "RANK" in os.environ and size == local_size:
@@ -66,6 +68,19 @@ def init(config: ParallelConfig) -> World:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return World(rank, size, local_rank, local_size, device)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors on the CPU free, for the next step asks for the same again.
+
+    By default every tensor above 32 MB, and most above 128 kB, is mapped anew and its pages zeroed one by one as they are
+    touched: for DiT-B/2 at batch 8, 176,000 page faults and a seventh of the processor time of each step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library has none
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: map nothing, all comes from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
+        mallopt(-8, 1)  # M_ARENA_MAX: autograd's thread allocates from the same heap
 
 
 def shutdown() -> None:
