@@ -104,7 +104,7 @@ def three(folder):
 # --- what is saved comes back ---
 
 
-@pytest.mark.parametrize(("writers", "readers"), [(1, 1), (2, 2), (2, 1), (1, 2), (3, 2), (2, 4), (4, 3)])
+@pytest.mark.parametrize(("writers", "readers"), [(1, 1), (3, 2), (4, 1), (4, 2), (4, 3), (4, 4), (1, 4), (2, 4), (3, 4)])
 def test_any_number_of_ranks_reads_what_any_number_wrote(run_ranks, folder, writers, readers):
     run_ranks(writers, save_one, folder, 1234)
     for seen, state, found, said in run_ranks(readers, load_newest, folder):
@@ -327,9 +327,10 @@ def newest_file(folder: Path, name: str) -> Path:
 FILES = ["SHA256SUMS", "checkpoint.json", "ema.safetensors", "shards/00000-of-00001.safetensors"]
 
 
-def test_every_flipped_bit_is_noticed(three):
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.soak)])
+def test_every_flipped_bit_is_noticed(three, count, soaked):
     rng = random.Random(0)
-    for trial in range(60):
+    for trial in range(count):
         path = newest_file(three, FILES[trial % len(FILES)])
         data = bytearray(path.read_bytes())
         kept, bit = bytes(data), rng.randrange(8 * len(data))
@@ -341,6 +342,7 @@ def test_every_flipped_bit_is_noticed(three):
         assert equal(found, values(200))
         path.write_bytes(kept)
     assert load_newest(three)[0] == 300
+    soaked("6: flipped bits found before a weight changes", required=500, passed=count)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -472,14 +474,18 @@ def save_on_full_disk(folder: Path, victim: int, limit: int) -> tuple[str, float
     return said, seconds, sorted(os.listdir(folder))
 
 
-@pytest.mark.parametrize(("victim", "limit"), [(0, 0), (0, 400), (0, 1200), (1, 0), (1, 300)])
-def test_a_full_disk_on_one_rank_is_one_error_on_all(run_ranks, folder, victim, limit):
+SOAKED = [pytest.param(v, n, marks=pytest.mark.soak) for n in (1, 8, 100, 250, 350, 500, 600, 700) for v in (0, 1)][:15]
+
+
+@pytest.mark.parametrize(("victim", "limit"), [(0, 0), (0, 400), (0, 1200), (1, 0), (1, 300), *SOAKED])
+def test_a_full_disk_on_one_rank_is_one_error_on_all(run_ranks, folder, victim, limit, soaked):
     for said, seconds, left in run_ranks(2, save_on_full_disk, folder, victim, limit):
         assert f"checkpoint 000000000002 was not saved: rank {victim}: No space left on device (" in said
         assert "\n" not in said
         assert seconds < 5
         assert left == ["000000000001"]
     assert [e[0] for e in run_ranks(2, load_newest, folder)] == [1, 1]
+    soaked(f"8: disk of rank {victim} full after {limit} bytes", passed=1)
 
 
 def save_beyond_file_size(folder: Path) -> str:
