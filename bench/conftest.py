@@ -1,4 +1,4 @@
-"""One way to measure. `pytest bench/` prints a table; on a GPU it also writes bench/results/<bench>-<device>.json.
+"""One way to measure. `pytest bench/` prints a table and writes bench/results/<bench>-<device>.json.
 
 On a GPU a time is the median between device events with L2 flushed before each round; on a CPU it is wall clock. Every
 bandwidth stands beside the copy, and every rate of arithmetic beside the matrix product, measured in the same run.
@@ -256,6 +256,13 @@ def _form(number: float | None, form: str) -> str:
     return "-" if number is None else format(number, form)
 
 
+def _processor() -> str:
+    """The CPU by name, and the threads PyTorch uses of it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"CPU, {names[0] if names else 'unknown'}, {torch.get_num_threads()} threads"
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     if not STASH.rows or STASH.ceilings is None:
         return
@@ -274,11 +281,14 @@ def pytest_terminal_summary(terminalreporter) -> None:
         arithmetic = f"{_form(r.tflop_per_s, '.3g'):>7} {_form(r.percent_of_matmul, '.0f')}"
         more = "  ".join(f"{value:.4g} {name}" for name, value in (r.extra or {}).items())
         write(f"{r.op:36} {r.baseline:28} {r.shape:32} {r.microseconds:10.1f} {bandwidth} {arithmetic}  {more}".rstrip())
-    if not torch.cuda.is_available():
-        return
     RESULTS.mkdir(exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    about = {"device": name, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    about = {
+        "device": name if torch.cuda.is_available() else _processor(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+    }
     about |= {"commit": _commit(), "copy_gb_per_s": copy, "matmul_tflop_per_s": matmul}
     for bench in {r.bench for r in STASH.rows}:
         path = RESULTS / f"{bench}-{slug}.json"
