@@ -99,7 +99,8 @@ class SampleConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every_images: int = 0  # images between evaluations during training, the offline metric on EMA weights; 0: none
-    num: int = 500  # pictures made for each, and held-out images they are compared with
+    num: int = 500  # pictures made for each, and real images they are compared with
+    reference: str = ""  # folder of images not trained on to compare with; empty: held-out cats, else training images
 
 
 @dataclass(frozen=True)

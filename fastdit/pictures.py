@@ -8,13 +8,42 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from fastdit import diffusion
-from fastdit.config import Config
-from fastdit.model import DiT
+from fastdit import config as configs
+from fastdit import diffusion, parallel, pretrained
+from fastdit.config import Config, UserError
+from fastdit.model import DiT, choose_ops
 from fastdit.parallel import World
 from fastdit.vae import VAE
+from fastdit.weights import load_weights
 
 MODULATION_BYTES = 256 << 20  # of modulation computed at once
+
+
+def locate(source: Path) -> tuple[Path, Config]:
+    """The weights file that `source` means, and the config of the run that made it. Raises UserError."""
+    if not source.exists():
+        raise UserError(f"{source} does not exist; name a run folder or a safetensors file")
+    weights = source
+    if source.is_dir():
+        names = (pretrained.WEIGHTS, "ema.safetensors", "checkpoints/[0-9]*[0-9]/ema.safetensors")
+        found = sorted(path for name in names for path in source.glob(name))
+        if not found:
+            raise UserError(f"{source} holds no checkpoint yet")
+        weights = found[-1]
+    # weights → checkpoint → checkpoints → run folder
+    for place in list(weights.resolve().parents)[:3]:
+        if (place / "config.json").is_file():
+            return weights, configs.load(place / "config.json")
+    raise UserError(f"{weights}: there is no config.json beside it that says what model it holds")
+
+
+def load(weights: Path, config: Config, world: World) -> DiT:
+    """The model on its weights, whole, in the precision it computes in."""
+    dtype = parallel.DTYPES[config.parallel.precision]
+    with torch.device("meta"):
+        model = DiT(config.model, choose_ops(config, world.device))
+    model.assign(load_weights(weights)[0], str(weights), dtype, world.device)
+    return model.eval().requires_grad_(False)
 
 
 def labels(config: Config, first: int, count: int, label: int = -1) -> Tensor | None:

@@ -15,11 +15,8 @@ from rich.console import Console
 from rich.progress import track
 
 from fastdit import config as configs
-from fastdit import parallel, pictures, pretrained, vae
+from fastdit import parallel, pictures, vae
 from fastdit.config import Config, UserError
-from fastdit.model import DiT, choose_ops
-from fastdit.parallel import World
-from fastdit.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,8 @@ class Options:
     sampler: Literal["", "auto", "ddpm", "ddim", "dpm++", "euler"] = ""  # empty: as the run's config says
     steps: int = 0  # network evaluations per picture; 0: as the run's config says
     guidance: float = 0.0  # classifier-free guidance scale, 1 is off; 0: as the run's config says
+    guidance_low: float = -1.0  # guide only from this share of the process's timesteps; -1: as the run's config says
+    guidance_high: float = -1.0  # … to this one; -1: as the run's config says
     batch: int = 64  # pictures made at once, per process
     precision: Literal["bf16", "fp32"] = "bf16"  # of the network
     vae: str = ""  # folder or hub id of the autoencoder; empty: as the run's config says
@@ -57,11 +56,13 @@ def sample(options: Options) -> None:
     for name in ("first", "steps", "guidance"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name} is {getattr(options, name)}; it must not be negative")
-    weights, config = locate(Path(options.source))
+    weights, config = pictures.locate(Path(options.source))
     chosen = {"sampler": options.sampler, "steps": options.steps, "guidance": options.guidance}
+    interval = {"guidance_low": options.guidance_low, "guidance_high": options.guidance_high}
     config = configs.replace(
         config,
-        sample={name: value for name, value in chosen.items() if value},
+        sample={name: value for name, value in chosen.items() if value}
+        | {name: value for name, value in interval.items() if value != -1},
         data={"vae": options.vae} if options.vae else {},
         parallel={"precision": options.precision},
     )
@@ -70,7 +71,7 @@ def sample(options: Options) -> None:
         raise UserError(f"--label is {options.label}; the model has classes 0 … {config.model.num_classes - 1}")
 
     world = parallel.init(config.parallel)
-    model = parallel.every(world, lambda: load(weights, config, world))
+    model = parallel.every(world, lambda: pictures.load(weights, config, world))
     autoencoder = parallel.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
     share = -(-options.num // world.size)
     mine = range(options.first + world.rank * share, options.first + min((world.rank + 1) * share, options.num))
@@ -95,33 +96,6 @@ def sample(options: Options) -> None:
     console.print(f"{len(images)} pictures of {weights}: {out}", highlight=False, soft_wrap=True)
 
 
-def locate(source: Path) -> tuple[Path, Config]:
-    """The weights file that `source` means, and the config of the run that made it. Raises UserError."""
-    if not source.exists():
-        raise UserError(f"{source} does not exist; name a run folder or a safetensors file")
-    weights = source
-    if source.is_dir():
-        names = (pretrained.WEIGHTS, "ema.safetensors", "checkpoints/[0-9]*[0-9]/ema.safetensors")
-        found = sorted(path for name in names for path in source.glob(name))
-        if not found:
-            raise UserError(f"{source} holds no checkpoint yet")
-        weights = found[-1]
-    # weights → checkpoint → checkpoints → run folder
-    for place in list(weights.resolve().parents)[:3]:
-        if (place / "config.json").is_file():
-            return weights, configs.load(place / "config.json")
-    raise UserError(f"{weights}: there is no config.json beside it that says what model it holds")
-
-
-def load(weights: Path, config: Config, world: World) -> DiT:
-    """The model on its weights, whole, in the precision it computes in."""
-    dtype = parallel.DTYPES[config.parallel.precision]
-    with torch.device("meta"):
-        model = DiT(config.model, choose_ops(config, world.device))
-    model.assign(load_weights(weights)[0], str(weights), dtype, world.device)
-    return model.eval().requires_grad_(False)
-
-
 def folder(weights: Path) -> Path:
     """Where pictures go by default: the run folder of a checkpoint, or the folder of a lone file."""
     parents = weights.parents
@@ -131,7 +105,10 @@ def folder(weights: Path) -> Path:
 def write(images: torch.Tensor, out: Path, config: Config, options: Options) -> Path:
     """The grid, and each picture where asked for, under names that say how they were made. Returns the grid's path."""
     how = f"seed{options.seed}-{config.sample.sampler}-{config.sample.steps}steps"
-    how += f"-guidance{config.sample.guidance:g}" if config.sample.guidance != 1 else ""
+    s = config.sample
+    if s.guidance != 1:
+        how += f"-guidance{s.guidance:g}"
+        how += f"-{s.guidance_low:g}to{s.guidance_high:g}" if (s.guidance_low, s.guidance_high) != (0, 1) else ""
     how += f"-class{options.label}" if options.label >= 0 else ""
     last = options.first + len(images) - 1
     grid = out / f"{how}-{options.first}to{last}.png"

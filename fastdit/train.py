@@ -17,7 +17,7 @@ from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
 from fastdit import config as configs
-from fastdit import footprint, latents, parallel, pictures, vae
+from fastdit import footprint, latents, parallel, pictures, quality, vae
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, RankError, UserError
 from fastdit.diffusion import Objective
@@ -119,6 +119,7 @@ def train(config: Config) -> int:
     checkpoints = Checkpoints(folder / "checkpoints", config.log.keep, timeout=timeout)
     images_seen = resume(checkpoints, optimizer, batch)
     autoencoder = parallel.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
+    judge = parallel.every(world, lambda: open_judge(config, world)) if config.eval.every_images else None
     parallel.once(world, lambda: start_run(config, folder))
     meter = Meter(
         folder,
@@ -140,6 +141,15 @@ def train(config: Config) -> int:
         with meter.paused(), optimizer.ema.applied(model):
             path = draw_grid(model, config, autoencoder, world, folder / "samples" / f"{images_seen:09d}.png")
         meter.image(images_seen, path)
+
+    def evaluate() -> None:
+        with meter.paused(), optimizer.ema.applied(model):
+            images = quality.draw(model, config, autoencoder, world, config.eval.num)
+            if judge is not None:
+                found = quality.line(config, images_seen, judge, images)
+                quality.record(folder, found)
+                meter.say(quality.say(found))
+                meter.trackers.scalars(images_seen, quality.scalars(found))
 
     def save() -> None:
         with meter.paused():
@@ -168,6 +178,8 @@ def train(config: Config) -> int:
                 )
         if done or crosses(before, images_seen, config.log.sample_every or config.train.images // 10):
             sample()
+        if config.eval.every_images and (done or crosses(before, images_seen, config.eval.every_images)):
+            evaluate()
         if saving:
             save()
     if signalled and images_seen:
@@ -218,7 +230,7 @@ def crosses(before: int, after: int, every: int) -> bool:
 
 # Settings a resumed run may change: where and how it runs, not what it computes. The batch may be split otherwise as long as
 # its product with the ranks stays; `resume` checks that.
-FREE: tuple[str, ...] = ("run.name", "run.folder", "run.fresh", "log.", "parallel.", "sample.", "kernels", "attention")
+FREE: tuple[str, ...] = ("run.name", "run.folder", "run.fresh", "log.", "parallel.", "sample.", "eval.", "kernels", "attention")
 FREE += ("data.packs", "data.device_gib", "data.max_bad", "train.batch", "train.grad_accum", "train.max_skips")
 
 
@@ -266,6 +278,11 @@ def resume(checkpoints: Checkpoints, optimizer: Optimizer, batch: int) -> int:
             f"adjust --train.batch or --train.grad_accum so that batch × grad_accum × ranks stays"
         )
     return images_seen
+
+
+def open_judge(config: Config, world: World) -> quality.Judge | None:
+    """What scores the run's pictures, on rank 0 alone."""
+    return None if world.rank else quality.open_judge(config, config.eval.num, world.device, config.eval.reference)
 
 
 def draw_grid(model: DiT, config: Config, autoencoder: vae.VAE | None, world: World, path: Path) -> Path:
