@@ -46,6 +46,12 @@ def load(weights: Path, config: Config, world: World) -> DiT:
     return model.eval().requires_grad_(False)
 
 
+def home(weights: Path) -> Path:
+    """Where what is made of weights goes: the run folder of a checkpoint, or the folder of a lone file."""
+    parents = weights.parents
+    return parents[2] if weights.name == "ema.safetensors" and parents[1].name == "checkpoints" else parents[0]
+
+
 def labels(config: Config, first: int, count: int, label: int = -1) -> Tensor | None:
     """The classes of pictures first … first + count - 1: each in turn, or all `label`; None without classes. int64 [count]"""
     if not config.model.num_classes:

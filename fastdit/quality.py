@@ -36,6 +36,12 @@ def real_images(config: Config, num: int, reference: str = "") -> tuple[ImageSou
     return open_images(d, threads=threads), False
 
 
+def references(config: Config, num: int, reference: str = "") -> tuple[ImageSource, Sequence[int]]:
+    """What FID compares with, by custom: the folder that the user names, or else `num` of the training images, or all for 0."""
+    source = real_images(config, 0, reference)[0] if reference else open_images(config.data)
+    return source, subset(source, num or source.length)
+
+
 def subset(source: ImageSource, count: int) -> Sequence[int]:
     """The numbers, ascending, of `count` images of a source, or of all: drawn at random, and the same each time."""
     if count >= source.length:
@@ -158,6 +164,7 @@ TITLES = {
     "coverage": "coverage",
     "nearest": "distance to the nearest training image",
     "fid": "FID",
+    "inception_kid": "KID, Inception features",
     "precision": "precision",
     "recall": "recall",
 }

@@ -91,15 +91,11 @@ def sample(options: Options) -> None:
         for start in track(starts, "sampling", console=console, disable=not console.is_terminal)
     ]
     images = torch.cat([part for parts in parallel.gather(world, parts) for part in parts])
-    out = parallel.once(world, lambda: write(images, Path(options.out) if options.out else folder(weights), config, options))
+    out = parallel.once(
+        world, lambda: write(images, Path(options.out) if options.out else pictures.home(weights) / "pictures", config, options)
+    )
     parallel.shutdown()
     console.print(f"{len(images)} pictures of {weights}: {out}", highlight=False, soft_wrap=True)
-
-
-def folder(weights: Path) -> Path:
-    """Where pictures go by default: the run folder of a checkpoint, or the folder of a lone file."""
-    parents = weights.parents
-    return (parents[2] if weights.name == "ema.safetensors" and parents[1].name == "checkpoints" else parents[0]) / "pictures"
 
 
 def write(images: torch.Tensor, out: Path, config: Config, options: Options) -> Path:

@@ -19,8 +19,8 @@ RANKS = [
     {"pretrained"},
     {"model", "diffusion", "vae", "images", "parallel", "optim", "checkpoint", "meter", "packs", "gpus", "profiler"},
     {"latents", "pictures", "foreign", "pipeline", "footprint"},
-    {"costs", "quality"},
-    {"train", "encode", "sample", "convert", "export", "plan"},
+    {"costs", "quality", "inception"},
+    {"train", "encode", "sample", "convert", "export", "plan", "evaluate", "report", "compare"},
 ]
 
 

@@ -1,0 +1,270 @@
+"""Measure a trained model: make pictures, compare them with real ones, and keep the figures beside the run.
+
+torchrun --nproc-per-node N shares the work. Pictures are numbered; picture n of a seed is always the same. They are kept in the
+run folder as they are made: the same command, killed or not, goes on where it was, on any number of processes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastdit import config as configs
+from fastdit import inception, metrics, parallel, pictures, quality, vae
+from fastdit.config import Config, UserError
+from fastdit.model import DiT
+from fastdit.parallel import World
+
+CHUNK = 256  # pictures between two commits; what a kill can cost each process
+OFFLINE_NUM = 5_000  # pictures and real images that the offline metric compares at most
+
+
+@dataclass(frozen=True)
+class Options:
+    source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported folder or safetensors file
+    num: int = 0  # pictures to make; 0: 50,000, or 2,000 for the offline metric alone
+    metric: Literal["auto", "offline", "fidelity", "both", "none"] = (
+        "auto"  # fidelity: FID, KID, precision, recall by Inception
+    )
+    seed: int = 0  # picture n of a seed is always the same
+    sampler: Literal["", "auto", "ddpm", "ddim", "dpm++", "euler"] = ""  # empty: as the run's config says
+    steps: int = 0  # network evaluations per picture; 0: as the run's config says
+    guidance: float = 0.0  # classifier-free guidance scale, 1 is off; 0: as the run's config says
+    guidance_low: float = -1.0  # guide only from this share of the process's timesteps; -1: as the run's config says
+    guidance_high: float = -1.0  # … to this one; -1: as the run's config says
+    batch: int = 64  # pictures made at once, per process
+    precision: Literal["bf16", "fp32"] = "bf16"  # of the network
+    vae: str = ""  # folder or hub id of the autoencoder; empty: as the run's config says
+    reference: str = ""  # folder of images to compare with; empty: held-out cats or training images, fidelity: training images
+    reference_num: int = 50_000  # real images that fidelity compares with, drawn at random; 0: all
+    npz: bool = False  # write the pictures as one .npz for the ADM evaluation suite
+    out: str = ""  # folder to keep pictures in; empty: evaluations/ in the run folder, or beside the file
+
+
+def main() -> None:
+    """torchrun fastdit/evaluate.py RUN [--field VALUE …]"""
+    rank = int(os.environ.get("RANK", 0))
+
+    def run() -> None:
+        evaluate(configs.parse_args(Options, sys.argv[1:], "fastdit/evaluate.py", __doc__ or ""))
+
+    configs.exit_cleanly(lambda: parallel.as_one(run), rank)
+
+
+def evaluate(options: Options) -> None:
+    """Make what pictures are not there yet, all processes together; then the first one measures."""
+    weights, config = pictures.locate(Path(options.source))
+    config = chosen(config, options)
+    # "auto" is what can be had for small images without a download, and what the field reports for others.
+    small = max(config.data.image_size) <= 64 or bool(options.reference)
+    metric = options.metric if options.metric != "auto" else "offline" if small else "fidelity"
+    num = options.num or (2_000 if metric == "offline" else 50_000)
+    require(metric)
+
+    world = parallel.init(config.parallel)
+    console = Console(quiet=world.rank > 0)
+    folder = parallel.once(world, lambda: prepare(options, config, weights))
+    missing = parallel.once(world, lambda: [c for c in chunks(num) if not whole(folder / name(c), c, config)])
+    mine = missing[world.rank :: world.size]
+    if missing:
+        model = parallel.every(world, lambda: pictures.load(weights, config, world))
+        autoencoder = parallel.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
+        for chunk in track(mine, "sampling", console=console, disable=not console.is_terminal):
+            make(folder / name(chunk), chunk, model, config, autoencoder, world, options)
+        del model, autoencoder
+    parallel.shutdown()  # nobody waits for the first process to measure
+    if world.rank == 0:
+        measure(options, config, weights, Chunks([folder / name(c) for c in chunks(num)]), metric, folder, world, console)
+
+
+def chosen(config: Config, options: Options) -> Config:
+    """The run's config with what the options change. Raises UserError."""
+    for field in ("num", "steps", "guidance", "reference_num"):
+        if getattr(options, field) < 0:
+            raise UserError(f"--{field} is {getattr(options, field)}; it must not be negative")
+    if options.batch <= 0:
+        raise UserError(f"--batch is {options.batch}; it must be positive")
+    if 0 < options.num < 16:
+        raise UserError(f"--num is {options.num}; a metric needs at least 16 pictures")
+    sample = {"sampler": options.sampler, "steps": options.steps, "guidance": options.guidance}
+    interval = {"guidance_low": options.guidance_low, "guidance_high": options.guidance_high}
+    config = configs.replace(
+        config,
+        run={"seed": options.seed},
+        sample={key: value for key, value in sample.items() if value}
+        | {key: value for key, value in interval.items() if value != -1},
+        data={"vae": options.vae} if options.vae else {},
+        parallel={"precision": options.precision},
+    )
+    configs.validate(config)
+    return config
+
+
+def require(metric: str) -> None:
+    """Raise UserError, one line, where a metric's packages are not installed: before a picture is made."""
+    if metric in ("offline", "both"):
+        metrics.require()
+    if metric in ("fidelity", "both"):
+        inception.require()
+
+
+# --- pictures, in chunks on the disk ---
+
+
+def chunks(num: int) -> list[range]:
+    """Pictures 0 … num - 1 by number."""
+    return [range(start, min(start + CHUNK, num)) for start in range(0, num, CHUNK)]
+
+
+def name(chunk: range) -> str:
+    return f"{chunk.start:08d}-{len(chunk)}.npy"
+
+
+def whole(path: Path, chunk: range, config: Config) -> bool:
+    """Whether a chunk's pictures are there."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return bool(found.dtype == np.uint8 and found.shape[:2] == (len(chunk), 3) and found.shape[2:] == config.data.image_size)
+
+
+def prepare(options: Options, config: Config, weights: Path) -> Path:
+    """The folder of the pictures that these weights and settings make; what they are stands in it. Rank 0 alone calls this."""
+    follows_from: dict[str, Any] = {
+        "weights": digest(weights),
+        "seed": options.seed,
+        "precision": options.precision,
+        "vae": [config.data.vae, config.data.vae_revision],
+        **{group: dataclasses.asdict(getattr(config, group)) for group in ("model", "diffusion", "sample")},
+    }
+    del follows_from["sample"]["num"]
+    text = json.dumps(follows_from, indent=2, sort_keys=True)
+    root = Path(options.out) if options.out else pictures.home(weights) / "evaluations"
+    seen = images_seen(weights)
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    folder = root / f"{weights.stem if seen is None else f'{seen:012d}'}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pictures.json").write_text(text + "\n")
+    return folder
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def images_seen(weights: Path) -> int | None:
+    """How many images a checkpoint's weights have seen; None for a file elsewhere."""
+    checkpoint = weights.resolve().parent
+    return int(checkpoint.name) if checkpoint.parent.name == "checkpoints" and checkpoint.name.isdecimal() else None
+
+
+def make(
+    path: Path, chunk: range, model: DiT, config: Config, autoencoder: vae.VAE | None, world: World, options: Options
+) -> None:
+    """Make a chunk's pictures and keep them, all at once or not at all."""
+    parts = [
+        pictures.make(
+            model,
+            config,
+            autoencoder,
+            world,
+            first=start,
+            count=min(options.batch, chunk.stop - start),
+            seed=options.seed,
+        )
+        for start in range(chunk.start, chunk.stop, options.batch)
+    ]
+    aside = path.with_suffix(f".tmp{world.rank}")
+    with aside.open("wb") as file:
+        np.save(file, torch.cat(parts).numpy())
+    aside.replace(path)
+
+
+class Chunks(Dataset[Tensor]):
+    """The pictures of chunk files as one set of uint8 [3, H, W], read from the disk as they are asked for."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.chunks = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.chunks))
+
+    def __getitem__(self, n: int) -> Tensor:
+        if not 0 <= n < len(self):
+            raise IndexError(n)
+        return torch.from_numpy(np.array(self.chunks[n // CHUNK][n % CHUNK]))
+
+    def first(self, num: int) -> Tensor:
+        """Pictures 0 … num - 1, uint8 [num, 3, H, W]."""
+        used = self.chunks[: -(-num // CHUNK)]
+        return torch.from_numpy(np.concatenate([np.asarray(c) for c in used])[:num])
+
+
+# --- measuring, by one process ---
+
+
+def measure(
+    options: Options,
+    config: Config,
+    weights: Path,
+    made: Chunks,
+    metric: str,
+    folder: Path,
+    world: World,
+    console: Console,
+) -> None:
+    """Score the pictures, print the figures, keep them in the run's evaluations.jsonl and its curve."""
+    seen, home = images_seen(weights), pictures.home(weights)
+    console.print(f"{len(made):,} pictures of {weights}: {folder}", highlight=False, soft_wrap=True)
+    if options.npz:
+        path = folder / f"pictures-{len(made)}x{config.data.image_size[0]}x{config.data.image_size[1]}x3.npz"
+        write_npz(path, made)
+        console.print(f"for the ADM suite: {path}", highlight=False, soft_wrap=True)
+    if metric in ("offline", "both"):
+        judge = quality.open_judge(config, min(len(made), OFFLINE_NUM), world.device, options.reference)
+        found = quality.line(config, seen, judge, made.first(judge.num))
+        quality.record(home, found)
+        console.print(quality.say(found), highlight=False, soft_wrap=True)
+        console.print("these figures are not comparable with published FID or KID", highlight=False)
+    if metric in ("fidelity", "both"):
+        real = inception.Real(*quality.references(config, options.reference_num, options.reference))
+        found = {
+            **quality.how(config, seen, "fidelity", len(made), options.seed),
+            "against": f"{len(real):,} images of {real.source.name}",
+            **inception.fidelity(made, real, world.device, options.batch),
+        }
+        quality.record(home, found)
+        figures = "  ".join(f"{key} {found[key]:.4f}" for key in ("fid", "inception_kid", "precision", "recall"))
+        console.print(f"{figures}  on {len(made):,} pictures against {found['against']}", highlight=False, soft_wrap=True)
+
+
+def write_npz(path: Path, made: Chunks) -> None:
+    """Write arr_0, uint8 [n, H, W, 3], as the ADM suite (openai/guided-diffusion) reads it, a chunk at a time."""
+    shape = (len(made), *made.chunks[0].shape[2:], 3)
+    aside = path.with_suffix(".tmp")
+    with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in made.chunks:
+            file.write(np.ascontiguousarray(chunk.transpose(0, 2, 3, 1)).tobytes())
+    aside.replace(path)
+
+
+if __name__ == "__main__":
+    main()
