@@ -30,7 +30,8 @@ class Chart(NamedTuple):
 
 def svg(charts: Sequence[Chart], columns: int = 2) -> str:
     """The charts that have points, side by side, as one SVG document."""
-    shown = [c for c in charts if any(line.points for line in c.lines)]
+    thinned = [c._replace(lines=[line._replace(points=thin(line.points)) for line in c.lines]) for c in charts]
+    shown = [c for c in thinned if any(line.points for line in c.lines)]
     columns = max(1, min(columns, len(shown)))
     rows = -(-len(shown) // columns)
     parts = [_chart(c, i % columns * WIDTH, i // columns * HEIGHT) for i, c in enumerate(shown)]
@@ -43,12 +44,14 @@ def svg(charts: Sequence[Chart], columns: int = 2) -> str:
 
 
 def _chart(chart: Chart, left: float, top: float) -> str:
-    lines = [line._replace(points=thin(line.points)) for line in chart.lines if line.points]
+    lines = [line for line in chart.lines if line.points]
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     logarithmic = chart.logarithmic and min(ys) > 0
-    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs)), decades(min(ys), max(ys)) if logarithmic else ticks(min(ys), max(ys))
-    x_low, x_high = min(0.0, *xs), max(*xs, x_ticks[0] + 1e-9)
+    x_low, x_high = min(0.0, *xs), max(xs)
+    x_high = x_high if x_high > x_low else x_low + 1
+    x_ticks = [x for x in ticks(x_low, x_high) if x_low <= x <= x_high]
+    y_ticks = decades(min(ys), max(ys)) if logarithmic else ticks(min(ys), max(ys))
     y_low, y_high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
 
     def scale(y: float) -> float:

@@ -117,7 +117,7 @@ def page(options: Options, config: Config, rows: list[tuple[str, str, dict[str, 
         f"AdamW at {t.lr:g}, {t.lr_decay} after {t.warmup_images:,} images of warm-up, {config.parallel.precision}.",
         f"- Sampling: {options.steps} steps, EMA weights, {floor['num']:,} pictures against {floor['against']}. "
         "dpm++ samples the DDPM objectives, Euler the flow.",
-        "- KID is of EfficientNet-Lite0's features, SWD of pixels; less is better. Coverage: more is better. Nearest: the median "
+        "- KID is of EfficientNet-Lite0's features, SWD of pixels: less is better; of coverage more is. Nearest: the median "
         "distance to the nearest training image, in 255ths; far below real images' would be copying. "
         "**None of it is comparable with a published FID or KID.**",
         "- One seed each: differences as small as real images' own mean nothing, and a short run says nothing of a long one.",
