@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fastdit.config import UserError
+from fastdit.config import UserError, plain
 from fastdit.manifest import SUMS, Written, read_file, read_sums, sync_folder, verify, write_file, write_sums
 from fastdit.weights import Piece, contents, fit, owned, write_safetensors, write_shard
 
@@ -192,11 +192,11 @@ class Checkpoints:
         try:
             mine = (step(), "")
         except OSError as error:
-            mine = (None, f"{error.strerror or error} ({error.filename or self.folder})")
+            mine = (None, plain(f"{error.strerror or error} ({error.filename or self.folder})"))
         except ValueError as error:
-            mine = (None, str(error))
+            mine = (None, plain(error))
         except Exception as error:  # the other ranks wait for an answer, whatever it is
-            mine = (None, f"{type(error).__name__}: {error}")
+            mine = (None, plain(f"{type(error).__name__}: {error}"))
         every: list[Any] = [mine]
         if self.group is not None:
             every = [None] * self.world
@@ -284,7 +284,7 @@ class Checkpoints:
                 reader = HuggingFaceStorageReader(str(folder / SHARDS))
                 dcp.load(dict(tensors), storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         except CheckpointException as error:  # a BaseException
-            first = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+            first = plain(next(iter(error.failures.values()))[0])
             raise UserError(f"checkpoint {folder.name} cannot be read: {first}") from None
         return found[0][0]
 
@@ -302,9 +302,9 @@ def _damage(folder: Path, rank: int, world: int) -> str:
                 raise ValueError(f"{name} has {found} of {size} bytes")
         verify(folder, sums, sorted(about["files"])[rank::world])
     except OSError as error:
-        return f"{error.strerror or error} ({error.filename})"
+        return plain(f"{error.strerror or error} ({error.filename})")
     except ValueError as error:
-        return str(error)
+        return plain(error)
     return ""
 
 

@@ -29,6 +29,12 @@ class RankError(UserError):
     """Something befell this rank alone: it prints the line itself, whichever it is, and exits with status 1 at once."""
 
 
+def plain(said: object, most: int = 300) -> str:
+    """What a file or a library says, fit to stand in a line for a terminal: printable and not too long."""
+    text = "".join(c if c.isprintable() else " " for c in str(said)[: most + 1])
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 @dataclass(frozen=True)
 class RunConfig:
     name: str = ""  # run folder under --run.folder; empty: the recipe's name
@@ -389,7 +395,7 @@ def load(path: Path) -> Config:
             raise ValueError(f"not a plain file of at most {LIMIT} bytes")
         data = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable config ({str(error)[:200]})") from None
+        raise UserError(f"{path}: not a readable config ({plain(error, 200)})") from None
     config = _build(Config, data, str(path))
     try:
         validate(config)
@@ -402,26 +408,26 @@ def _build(cls: Any, data: Any, where: str) -> Any:
     """A value of type cls out of parsed JSON, strictly: the file may come from anywhere."""
     if dataclasses.is_dataclass(cls):
         if not isinstance(data, dict):
-            raise UserError(f"{where}: expected a group of settings, found {data!r}")
+            raise UserError(f"{where}: expected a group of settings, found {plain(repr(data), 60)}")
         hints = typing.get_type_hints(cls)
         for name in data:
             if name not in hints:
-                raise UserError(f"{where}: unknown setting {name!r}{_nearest(str(name), hints)}")
+                raise UserError(f"{where}: unknown setting {plain(repr(name), 60)}{_nearest(str(name), hints)}")
         return typing.cast(Any, cls)(**{name: _build(hints[name], value, f"{where}: {name}") for name, value in data.items()})
     origin = typing.get_origin(cls)
     if origin is Literal:
         if data not in typing.get_args(cls):
-            raise UserError(f"{where} is {data!r}; valid are {', '.join(map(repr, typing.get_args(cls)))}")
+            raise UserError(f"{where} is {plain(repr(data), 60)}; valid are {', '.join(map(repr, typing.get_args(cls)))}")
         return data
     if origin is tuple:
         kinds = typing.get_args(cls)
         if not isinstance(data, list) or len(data) != len(kinds):
-            raise UserError(f"{where} is {data!r}; expected {len(kinds)} values")
+            raise UserError(f"{where} is {plain(repr(data), 60)}; expected {len(kinds)} values")
         return tuple(_build(kind, x, where) for kind, x in zip(kinds, data, strict=True))
     if cls is float and type(data) is int:
         return float(data)
     if type(data) is not cls:
-        raise UserError(f"{where} is {data!r}; expected {cls.__name__}")
+        raise UserError(f"{where} is {plain(repr(data), 60)}; expected {cls.__name__}")
     return data
 
 
