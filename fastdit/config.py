@@ -239,8 +239,9 @@ def parse_args(cls: type[T], argv: Sequence[str], prog: str, description: str, d
     except SystemExit as stop:
         if not stop.code:
             raise
-        # tyro's message is a box; what was wrong stands in it above the first rule.
-        inside = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).partition("\n")[2].partition("──")[0]
+        # tyro's message is a titled box, its rules dashes where the terminal has no others; the first of its parts says it all.
+        parts = re.split("─{5,}|-{5,}", re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).partition("\n")[2])
+        inside = next(part for part in parts if part.strip())
         raise UserError(" ".join(inside.replace("│", " ").split())) from None
 
 
