@@ -180,7 +180,7 @@ RECIPES = {
         data=DataConfig(hflip=False),
         model=ModelConfig(patch=4, depth=6, width=256, num_heads=4),
         diffusion=DiffusionConfig(prediction="x0"),
-        train=TrainConfig(images=48_000, batch=32, lr=1e-3, lr_decay="cosine", warmup_images=3_000),
+        train=TrainConfig(images=36_000, batch=32, lr=1e-3, lr_decay="cosine", warmup_images=3_000),
     ),
     # The paper recipe of this repository: huggan/cats at 256 pixels, DiT-B/2 on SD latents, 8 GPUs.
     "cats-256": Config(
