@@ -36,7 +36,7 @@ OFFLINE_NUM = 5_000  # pictures and real images that the offline metric compares
 @dataclass(frozen=True)
 class Options:
     source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported folder or safetensors file
-    num: int = 0  # pictures to make; 0: 50,000, or 2,000 for the offline metric alone
+    num_images: int = 0  # pictures to make; 0: 50,000, or 2,000 for the offline metric alone
     metric: Literal["auto", "offline", "fidelity", "both", "none"] = (
         "auto"  # fidelity: FID, KID, precision, recall by Inception
     )
@@ -72,7 +72,7 @@ def evaluate(options: Options) -> None:
     # "auto" is what can be had for small images without a download, and what the field reports for others.
     small = max(config.data.image_size) <= 64 or bool(options.reference)
     metric = options.metric if options.metric != "auto" else "offline" if small else "fidelity"
-    num = options.num or (2_000 if metric == "offline" else 50_000)
+    num = options.num_images or (2_000 if metric == "offline" else 50_000)
     require(metric)
 
     world = parallel.init(config.parallel)
@@ -93,13 +93,13 @@ def evaluate(options: Options) -> None:
 
 def chosen(config: Config, options: Options) -> Config:
     """The run's config with what the options change. Raises UserError."""
-    for field in ("num", "steps", "guidance", "reference_num"):
+    for field in ("num_images", "steps", "guidance", "reference_num"):
         if getattr(options, field) < 0:
             raise UserError(f"--{field} is {getattr(options, field)}; it must not be negative")
     if options.batch <= 0:
         raise UserError(f"--batch is {options.batch}; it must be positive")
-    if 0 < options.num < 16:
-        raise UserError(f"--num is {options.num}; a metric needs at least 16 pictures")
+    if 0 < options.num_images < 16:
+        raise UserError(f"--num_images is {options.num_images}; a metric needs at least 16 pictures")
     sample = {"sampler": options.sampler, "steps": options.steps, "guidance": options.guidance}
     interval = {"guidance_low": options.guidance_low, "guidance_high": options.guidance_high}
     config = configs.replace(

@@ -22,7 +22,7 @@ from fastdit.config import Config, UserError
 @dataclass(frozen=True)
 class Options:
     source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported folder or safetensors file
-    num: int = 64  # pictures to make
+    num_images: int = 64  # pictures to make (torchrun takes a plain --num for its own)
     first: int = 0  # number of the first; pictures are numbered per seed
     seed: int = 0  # picture n of a seed is always the same
     label: int = -1  # class of all pictures; -1: each class in turn
@@ -50,7 +50,7 @@ def main() -> None:
 
 def sample(options: Options) -> None:
     """Load, make this process's share, gather, write."""
-    for name in ("num", "batch"):
+    for name in ("num_images", "batch"):
         if getattr(options, name) <= 0:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be positive")
     for name in ("first", "steps", "guidance"):
@@ -73,8 +73,8 @@ def sample(options: Options) -> None:
     world = parallel.init(config.parallel)
     model = parallel.every(world, lambda: pictures.load(weights, config, world))
     autoencoder = parallel.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
-    share = -(-options.num // world.size)
-    mine = range(options.first + world.rank * share, options.first + min((world.rank + 1) * share, options.num))
+    share = -(-options.num_images // world.size)
+    mine = range(options.first + world.rank * share, options.first + min((world.rank + 1) * share, options.num_images))
     starts = range(mine.start, mine.stop, options.batch)
     console = Console(quiet=world.rank > 0)
     parts = [

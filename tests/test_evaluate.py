@@ -144,7 +144,7 @@ def stored(out: Path) -> dict[str, bytes]:
 
 def test_pictures_are_the_same_on_any_ranks_and_none_is_made_twice(folder, run_ranks, tmp_path):
     def options(out):
-        return Options(str(folder), num=NUM, metric="none", batch=8, precision="fp32", out=str(tmp_path / out))
+        return Options(str(folder), num_images=NUM, metric="none", batch=8, precision="fp32", out=str(tmp_path / out))
 
     assert run_ranks(1, evaluated, options("one"), init=False) == [NUM]
     one = stored(tmp_path / "one")
@@ -178,14 +178,14 @@ def test_other_settings_and_weights_have_folders_of_their_own(folder, tmp_path):
     assert len(names) == 5
     assert all(name.startswith("000000000096-") for name in names)
     assert home() in names
-    assert home(num=100, batch=3, metric="offline") in names  # these change no picture
+    assert home(num_images=100, batch=3, metric="offline") in names  # these change no picture
     other = tmp_path / "other.safetensors"
     other.write_bytes(weights.read_bytes() + b" ")
     assert evaluate.digest(other) != evaluate.digest(weights)
 
 
 def test_the_metric_is_recorded_once_and_printed_with_its_floor(folder, run_ranks, tmp_path):
-    options = Options(str(folder), num=NUM, metric="offline", precision="fp32", npz=True, out=str(tmp_path / "out"))
+    options = Options(str(folder), num_images=NUM, metric="offline", precision="fp32", npz=True, out=str(tmp_path / "out"))
     before = lines(folder)
     [outcome] = run_ranks.outcomes(1, evaluated, options, init=False)
     assert outcome.code == 0, outcome.error
@@ -278,7 +278,7 @@ def test_fidelity_is_asked_for_the_published_figures(folder, run_ranks, tmp_path
 
     monkeypatch.setitem(FEATURE_EXTRACTORS_REGISTRY, "inception-v3-compat", Pixels)
     out = tmp_path / "out"
-    run_ranks(1, evaluated, Options(str(folder), num=NUM, metric="none", out=str(out)), 256, init=False)
+    run_ranks(1, evaluated, Options(str(folder), num_images=NUM, metric="none", out=str(out)), 256, init=False)
     made = Chunks(sorted(out.glob("*/*.npy")))
     config = pictures.locate(folder)[1]
     source, numbers = quality.references(config, 50)
@@ -296,7 +296,7 @@ def test_fidelity_is_asked_for_the_published_figures(folder, run_ranks, tmp_path
     assert same["fid"] == pytest.approx(0, abs=1e-6)
     assert same["precision"] == same["recall"] == 1
 
-    options = Options(str(folder), num=NUM, metric="fidelity", out=str(out), reference_num=50)
+    options = Options(str(folder), num_images=NUM, metric="fidelity", out=str(out), reference_num=50)
     weights, alone, quiet = pictures.locate(folder)[0], parallel.World(0, 1, 0, 1, CPU), Console(quiet=True)
     evaluate.measure(options, evaluate.chosen(config, options), weights, made, "fidelity", out, alone, quiet)
     [line] = [e for e in lines(folder) if e["metric"] == "fidelity"]
@@ -330,7 +330,7 @@ def test_what_is_missing_or_wrong_is_said_before_anything_is_made(folder, monkey
     with pytest.raises(UserError, match=r"torch-fidelity: pip install 'fastdit\[eval\]', or --metric offline"):
         evaluate.evaluate(Options(str(folder), metric="fidelity"))
     for options, message in (
-        (Options(str(folder), num=3), "--num is 3; a metric needs at least 16"),
+        (Options(str(folder), num_images=3), "--num_images is 3; a metric needs at least 16"),
         (Options(str(folder), batch=0), "--batch is 0"),
         (Options(str(folder), steps=-1), "--steps is -1"),
         (Options(str(folder), guidance=2.0), "--model.class_dropout"),

@@ -145,7 +145,9 @@ def test_sample_opens_an_exported_folder(make_run, run_ranks, tmp_path):
     run, _, _ = make_run(SMALL)
     out = export(Options(str(run)))
     for source in (run, out):
-        options = sample.Options(str(source), num=3, steps=2, out=str(tmp_path / f"from {source.name}"), precision="fp32")
+        options = sample.Options(
+            str(source), num_images=3, steps=2, out=str(tmp_path / f"from {source.name}"), precision="fp32"
+        )
         run_ranks(1, drawn, options, init=False)
     a, b = ([p.read_bytes() for p in (tmp_path / f"from {source.name}").glob("*.png")] for source in (run, out))
     assert len(a) == 1

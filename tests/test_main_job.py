@@ -279,7 +279,7 @@ def test_a_picture_is_the_same_whatever_the_batch_and_the_ranks(whole, run_ranks
     ways = [(1, 64, 0, 5), (1, 2, 0, 5), (2, 2, 0, 5), (1, 64, 2, 3)]
     for i, (world, batch, first, num) in enumerate(ways):
         options = Options(
-            run_folder, num=num, first=first, batch=batch, singles=True, out=str(tmp_path / str(i)), precision="fp32"
+            run_folder, num_images=num, first=first, batch=batch, singles=True, out=str(tmp_path / str(i)), precision="fp32"
         )
         run_ranks(world, sampled, options, init=False)
     pictures = [{p.name: p.read_bytes() for p in (tmp_path / str(i)).glob("*/*.png")} for i in range(len(ways))]
@@ -297,7 +297,7 @@ def test_sampling_refuses_in_one_line(whole, run_ranks, tmp_path):
         (Options(str(tmp_path / "nowhere")), "does not exist"),
         (Options(str(tmp_path / "empty")), "holds no checkpoint"),
         (Options(str(lone)), "no config.json beside it"),
-        (Options(run_folder, num=0), "--num is 0"),
+        (Options(run_folder, num_images=0), "--num_images is 0"),
         (Options(run_folder, label=15), "classes 0 … 14"),
         (Options(run_folder, steps=5000), "--sample.steps 5000"),
         (Options(run_folder, guidance=2.0), "class_dropout"),
@@ -343,3 +343,15 @@ def test_a_bad_option_is_one_line_and_status_2(verb, tmp_path):
     assert end.stderr.startswith("error: unknown option --nonsense")
     assert end.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_torchrun_hands_every_option_on():
+    """It reads the arguments of a script too, and refuses one that begins two of its own options."""
+    from torch.distributed.run import get_args_parser
+
+    from fastdit import evaluate
+
+    options = [*C._option_names(Config), *C._option_names(Options), *C._option_names(evaluate.Options)]
+    for option in options:
+        given = get_args_parser().parse_args(["script.py", "RUN", f"--{option}", "1"])
+        assert given.training_script_args == ["RUN", f"--{option}", "1"]
