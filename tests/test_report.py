@@ -74,7 +74,7 @@ def test_the_page_holds_the_run_and_needs_nothing_else(tmp_path):
     assert all(image[:-1] == PNG for image in images)
     assert "1,800 images" in page.text
 
-    for said in ("a run", "2,000 of 48,000", "0.7 min, 50.0 images per second", "loss", "power of one node", "steps skipped"):
+    for said in ("a run", "2,000 of 36,000", "0.7 min, 50.0 images per second", "loss", "power of one node", "steps skipped"):
         assert said in page.text, said
     # 100 images at 2 J and 1,900 at 0.5 J
     assert f"{(100 * 2 + 1900 * 0.5) / 3.6e6:,.3f} kWh, {(100 * 2 + 1900 * 0.5) / 2000:,.3g} J per image" in page.text
