@@ -100,18 +100,7 @@ def chosen(config: Config, options: Options) -> Config:
         raise UserError(f"--batch is {options.batch}; it must be positive")
     if 0 < options.num_images < 16:
         raise UserError(f"--num_images is {options.num_images}; a metric needs at least 16 pictures")
-    sample = {"sampler": options.sampler, "steps": options.steps, "guidance": options.guidance}
-    interval = {"guidance_low": options.guidance_low, "guidance_high": options.guidance_high}
-    config = configs.replace(
-        config,
-        run={"seed": options.seed},
-        sample={key: value for key, value in sample.items() if value}
-        | {key: value for key, value in interval.items() if value != -1},
-        data={"vae": options.vae} if options.vae else {},
-        parallel={"precision": options.precision},
-    )
-    configs.validate(config)
-    return config
+    return pictures.chosen(config, options, run={"seed": options.seed})
 
 
 def require(metric: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -50,6 +51,25 @@ def home(weights: Path) -> Path:
     """Where what is made of weights goes: the run folder of a checkpoint, or the folder of a lone file."""
     parents = weights.parents
     return parents[2] if weights.name == "ema.safetensors" and parents[1].name == "checkpoints" else parents[0]
+
+
+def chosen(config: Config, options: Any, **groups: dict[str, Any]) -> Config:
+    """A run's config with what a verb's options change of its sampling; those left at their defaults change nothing.
+
+    Raises UserError for what does not go together.
+    """
+    plain = {name: getattr(options, name) for name in ("sampler", "steps", "guidance")}
+    interval = {name: getattr(options, name) for name in ("guidance_low", "guidance_high")}
+    config = configs.replace(
+        config,
+        sample={name: value for name, value in plain.items() if value}
+        | {name: value for name, value in interval.items() if value != -1},
+        data={"vae": options.vae} if options.vae else {},
+        parallel={"precision": options.precision},
+        **groups,
+    )
+    configs.validate(config)
+    return config
 
 
 def labels(config: Config, first: int, count: int, label: int = -1) -> Tensor | None:

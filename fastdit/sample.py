@@ -57,16 +57,7 @@ def sample(options: Options) -> None:
         if getattr(options, name) < 0:
             raise UserError(f"--{name} is {getattr(options, name)}; it must not be negative")
     weights, config = pictures.locate(Path(options.source))
-    chosen = {"sampler": options.sampler, "steps": options.steps, "guidance": options.guidance}
-    interval = {"guidance_low": options.guidance_low, "guidance_high": options.guidance_high}
-    config = configs.replace(
-        config,
-        sample={name: value for name, value in chosen.items() if value}
-        | {name: value for name, value in interval.items() if value != -1},
-        data={"vae": options.vae} if options.vae else {},
-        parallel={"precision": options.precision},
-    )
-    configs.validate(config)
+    config = pictures.chosen(config, options)
     if options.label >= max(config.model.num_classes, 1):
         raise UserError(f"--label is {options.label}; the model has classes 0 … {config.model.num_classes - 1}")
 
