@@ -1,11 +1,12 @@
 """gelu_dwconv against the seed repository's NCHW path and against PyTorch on channels-last tokens, eager and compiled.
 
-On a GPU: the kernels, forward and backward. On a CPU: forward and backward together, and what stands for the kernels is the
-reference, which a machine without a GPU trains on.
+On a GPU: the kernels, forward and backward, each alone. On a CPU: forward and backward together, all in turns, and what stands
+for the kernels is cpu.py, which a machine without a GPU trains on.
 """
 
 import pytest
 import torch
+from fastdit_kernels.cpu import CPU
 from fastdit_kernels.gelu_dwconv import gelu_dwconv, traffic
 from fastdit_kernels.reference import gelu_dwconv as reference
 from torch.nn import functional
@@ -40,7 +41,7 @@ def channels_last(h, bias, weight, conv_bias, height, width):
 
 def implementation(baseline, device):
     if baseline == "fastdit":
-        return gelu_dwconv if device.type == "cuda" else reference
+        return gelu_dwconv if device.type == "cuda" else CPU.gelu_dwconv
     if baseline == "torch.compile":
         return torch.compile(channels_last)
     if baseline == "torch.compile, layout":
@@ -79,18 +80,20 @@ def test_gelu_dwconv(measure, gpu, direction, baseline, B, side, F, K):
 
 
 @pytest.mark.parametrize(("B", "side", "F", "K"), ON_CPU)
-@pytest.mark.parametrize("baseline", BASELINES)
-def test_gelu_dwconv_on_a_cpu(measure, device, baseline, B, side, F, K):
+def test_gelu_dwconv_on_a_cpu(side_by_side, device, world, B, side, F, K):  # world: with memory kept as in training
     if device.type != "cpu":
         pytest.skip("the CPU's path")
-    if baseline.startswith("torch.compile") and K != 3:
-        pytest.skip("half a minute of compiling each")
-    call = implementation(baseline, device)
+    compiled = K == 3  # half a minute of compiling each
+    calls = {name: implementation(name, device) for name in BASELINES if compiled or "compile" not in name}
     leaves, dz = tensors(B, side, F, K, device)
-    measure(
-        lambda: torch.autograd.grad(call(*leaves, side, side), leaves, dz),
+
+    def timed(call):
+        return lambda: torch.autograd.grad(call(*leaves, side, side), leaves, dz)
+
+    side_by_side(
+        {name: timed(call) for name, call in (calls | {"reference, fp32 within": reference}).items()},
         op="gelu_dwconv forward + backward",
-        baseline=baseline,
         shape=f"B={B} {side}×{side} F={F} K={K} bf16",
-        rounds=7,
+        rounds=15,
+        warmup=3,
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from fastdit_kernels import Ops
 from fastdit_kernels.attention import choose_attention
+from fastdit_kernels.cpu import CPU
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -203,8 +204,10 @@ def choose_ops(config: Config, device: torch.device) -> Ops:
         attention = choose_attention(config.attention, device, dtype, m.width // m.num_heads, num_tokens)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if config.kernels == "reference" or (config.kernels == "auto" and device.type != "cuda"):
+    if config.kernels == "reference":
         return REFERENCE._replace(attention=attention)
+    if config.kernels == "auto" and device.type == "cpu":
+        return CPU._replace(attention=attention)
     from fastdit_kernels.triton_ops import TRITON  # here: it imports triton, which only Linux has
 
     return TRITON._replace(attention=attention)

@@ -9,16 +9,17 @@ import os
 import re
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter  # what set_custom_all_gather takes
 
 from fastdit.config import ParallelConfig, RankError, UserError
 
@@ -79,7 +80,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library has none
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX: map nothing, all comes from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: and the heap never shrinks
         mallopt(-8, 1)  # M_ARENA_MAX: autograd's thread allocates from the same heap
 
 
@@ -121,8 +122,40 @@ def shard(model: nn.Module, config: ParallelConfig, world: World) -> None:
         fully_shard(block, mesh=device_mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     # The root holds what is needed first and last, so freeing it in between never pays.
     fully_shard(model, mesh=device_mesh, mp_policy=policy, reshard_after_forward=False)
+    if world.size == 1:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(Gathered())
+                module.set_custom_reduce_scatter(Reduced())
     model.to_empty(device=world.device)
     register_fsdp_forward_method(model, "condition")  # sampling calls it on its own
+
+
+class Gathered(AllGather):
+    """Gathering the shards of one process: the output is its input."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
+        assert output_tensor.data_ptr() == input_tensor.data_ptr()
+
+
+class Reduced(ReduceScatter):
+    """Summing the gradients of one process: FSDP asks for an input, then for an output, and copies the one to the other."""
+
+    def __init__(self) -> None:
+        self.input: Tensor | None = None
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        output, self.input = self.input, None
+        if output is None:
+            self.input = output = torch.empty(*size, dtype=dtype, device=device)
+        assert output.shape == torch.Size(size)
+        return output
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
+        raise AssertionError("FSDP does not reduce in a group of one")
 
 
 def communicate(model: nn.Module, last: bool) -> None:

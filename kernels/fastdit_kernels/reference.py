@@ -14,14 +14,14 @@ from fastdit_kernels.attention import attention
 EPS = 1e-6  # of every LayerNorm in a DiT
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LN(x)·(1 + scale) + shift, with x already wide."""
     normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
-    return torch.addcmul(_wide(shift).unsqueeze(1), normed, _wide(scale).unsqueeze(1) + 1)
+    return torch.addcmul(wide(shift).unsqueeze(1), normed, wide(scale).unsqueeze(1) + 1)
 
 
 def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
     x [B, T, D]; shift and scale [B, D], any strides. Returns [B, T, D] in x's dtype.
     """
-    return _modulate(_wide(x), shift, scale).to(x.dtype)
+    return _modulate(wide(x), shift, scale).to(x.dtype)
 
 
 def gate_residual_ln_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,8 +38,8 @@ def gate_residual_ln_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor,
     x and y [B, T, D] of one dtype; gate, shift and scale [B, D], any strides. Returns (r, m), both [B, T, D] in x's dtype.
     r is rounded to x's dtype before it is normalised, so that forward and backward see the residual that was stored.
     """
-    r = torch.addcmul(_wide(x), _wide(y), _wide(gate).unsqueeze(1)).to(x.dtype)
-    return r, _modulate(_wide(r), shift, scale).to(x.dtype)
+    r = torch.addcmul(wide(x), wide(y), wide(gate).unsqueeze(1)).to(x.dtype)
+    return r, _modulate(wide(r), shift, scale).to(x.dtype)
 
 
 def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, height: int, width: int) -> Tensor:
@@ -51,13 +51,13 @@ def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, heig
     """
     B, T, F_ = h.shape
     K = weight.shape[-1]
-    a = F.gelu(_wide(h) + _wide(bias), approximate="tanh")
+    a = F.gelu(wide(h) + wide(bias), approximate="tanh")
     a = a.view(B, height, width, F_).permute(0, 3, 1, 2)  # [B, F, H, W], channels_last strides: a view
-    w = _wide(weight)
+    w = wide(weight)
     if K % 2 == 0:
         # A zero row and column before the kernel make its padding symmetric, at no copy of the activation.
         w = F.pad(w, (1, 0, 1, 0))
-    z = F.conv2d(a, w, _wide(conv_bias), padding=K // 2, groups=F_)
+    z = F.conv2d(a, w, wide(conv_bias), padding=K // 2, groups=F_)
     return z.permute(0, 2, 3, 1).reshape(B, T, F_).to(h.dtype)
 
 

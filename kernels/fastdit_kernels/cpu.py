@@ -1,0 +1,211 @@
+"""The ops for a CPU: what `reference.py` computes, with backward passes written out and temporaries that stay in the cache.
+
+A pass over a temporary that has left the cache costs several times its arithmetic, and autograd keeps each one it might read.
+So elementwise work goes chunk by chunk, in fp32, and a backward does it in one go from the few tensors kept for it. The
+convolutions run in the stream's own dtype where this machine has instructions for it: 16-bit ones take under half the time.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fastdit_kernels import Ops
+from fastdit_kernels.attention import attention
+from fastdit_kernels.reference import EPS, wide
+
+CHUNK = 2**18  # elements: in fp32 1 MB, of which a few fit a core's second-level cache
+
+# Without them PyTorch's 16-bit convolution is a loop over scalars.
+FAST = {
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
+
+# GELU_tanh(u) = u·σ(LINEAR·u + CUBIC·u³): PyTorch's sigmoid takes an eighth of the time of its tanh, and loses nothing where u
+# is far below 0.
+LINEAR = 2 * math.sqrt(2 / math.pi)
+CUBIC = LINEAR * 0.044715
+
+
+def _chunks(tensor: Tensor, size: int = 1) -> Iterator[slice]:
+    """Slices of the tensor's rows, all of one length but the last, of size·CHUNK elements at most, or one row."""
+    # What is compiled keeps nothing between its operations, and has no use for chunks.
+    parts = 1 if torch.compiler.is_compiling() else math.ceil(tensor.numel() / (size * CHUNK))
+    step = max(1, math.ceil(len(tensor) / max(1, parts)))
+    return (slice(first, first + step) for first in range(0, len(tensor), step))
+
+
+# --- adaLN ---
+
+
+class _LnModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift, scale):
+        m, mean, rstd = _norm(x, shift, scale)
+        ctx.save_for_backward(x, shift, scale, mean, rstd)
+        return m
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dm):
+        x, shift, scale, mean, rstd = ctx.saved_tensors
+        dx, dshift, dscale = torch.empty_like(x), torch.empty_like(shift), torch.empty_like(scale)
+        for i in _chunks(x, size=2):
+            dx[i], dshift[i], dscale[i] = _norm_backward(wide(dm[i]), wide(x[i]), scale[i], mean[i], rstd[i])
+        return dx, dshift, dscale
+
+
+class _GateResidualLnModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, gate, shift, scale):
+        if gate.dtype == x.dtype:
+            r = torch.addcmul(x, y, gate.unsqueeze(1))  # fp32 within, rounded once
+        else:
+            r = torch.addcmul(wide(x), wide(y), wide(gate).unsqueeze(1)).to(x.dtype)
+        m, mean, rstd = _norm(r, shift, scale)
+        ctx.save_for_backward(r, y, gate, shift, scale, mean, rstd)
+        return r, m
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dr, dm):
+        r, y, gate, shift, scale, mean, rstd = ctx.saved_tensors
+        dx, dy, dgate, dshift, dscale = (torch.empty_like(t) for t in (r, y, gate, shift, scale))
+        for i in _chunks(r, size=2):
+            total, dshift[i], dscale[i] = _norm_backward(wide(dm[i]), wide(r[i]), scale[i], mean[i], rstd[i])
+            dx[i] = total.add_(dr[i])
+            dgate[i] = (total * y[i]).sum(1)
+            dy[i] = total.mul_(gate[i].unsqueeze(1))
+        return dx, dy, dgate, dshift, dscale
+
+
+def _norm(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """m = LN(x)·(1 + scale) + shift in x's dtype, and the mean and 1/deviation [B, T, 1] of each row, wide."""
+    m, mean, rstd = torch.empty_like(x), *(x.new_empty(*x.shape[:2], 1, dtype=wide(x[:0]).dtype) for _ in range(2))
+    for i in _chunks(x, size=2):
+        normed, mean[i], rstd[i] = torch.native_layer_norm(wide(x[i]), x.shape[-1:], None, None, EPS)
+        m[i] = torch.addcmul(wide(shift[i]).unsqueeze(1), normed, wide(scale[i]).unsqueeze(1) + 1)
+    return m, mean, rstd
+
+
+def _norm_backward(dm: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dshift and dscale of m = LN(x)·(1 + scale) + shift, wide."""
+    dscale = (x - mean).mul_(rstd).mul_(dm).sum(1)
+    dnormed = dm * (wide(scale).unsqueeze(1) + 1)
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        dnormed, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
+    )  # fmt: skip
+    return dx, dm.sum(1), dscale
+
+
+def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """As `reference.ln_modulate`."""
+    return _LnModulate.apply(x, shift, scale)
+
+
+def gate_residual_ln_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """As `reference.gate_residual_ln_modulate`."""
+    return _GateResidualLnModulate.apply(x, y, gate, shift, scale)
+
+
+# --- GELU and depthwise convolution ---
+
+
+class _GeluDwconv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, bias, weight, conv_bias, height, width):
+        a, slope = _gelu(h, bias, slope=any(ctx.needs_input_grad[:2]))
+        ctx.save_for_backward(a, slope, bias, weight, conv_bias)
+        ctx.grid = height, width
+        return _convolve(_image(a, *ctx.grid), weight, conv_bias, h.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz):
+        a, slope, bias, weight, conv_bias = ctx.saved_tensors
+        dz_image = _image(dz.to(a.dtype), *ctx.grid)
+        dweight = _weight_gradient(_image(a, *ctx.grid), dz_image, weight.shape[-1]).to(weight.dtype)
+        dconv_bias = dz.sum((0, 1)).to(conv_bias.dtype)
+        if slope is None:
+            return None, None, dweight, dconv_bias, None, None
+        # The convolution by the flipped weight, whose zero padding lies on the other side where K is even.
+        dh = _convolve(dz_image, weight.flip(2, 3), None, dz.dtype, flipped=True)
+        dbias = torch.zeros_like(bias, dtype=slope.dtype)
+        flat = dh.flatten(0, 1)
+        for i in _chunks(flat):
+            du = slope[i] * flat[i]
+            dbias += du.sum(0)
+            flat[i] = du
+        return dh, dbias.to(bias.dtype), dweight, dconv_bias, None, None
+
+
+def _gelu(h: Tensor, bias: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """GELU_tanh(h + bias), of h's shape, in the dtype to convolve in; on request its derivative, wide, [B·T, F]."""
+    tokens = h.flatten(0, 1)
+    a = torch.empty_like(tokens, dtype=h.dtype if FAST.get(h.dtype, True) else torch.float32)
+    slopes = torch.empty_like(tokens, dtype=wide(h[:0]).dtype) if slope else None
+    for i in _chunks(tokens):
+        u = tokens[i].to(wide(h[:0]).dtype, copy=True).add_(bias)
+        square = u * u
+        sigmoid = (square * CUBIC).add_(LINEAR).mul_(u).sigmoid_()
+        value = u * sigmoid
+        a[i] = value
+        if slopes is not None:
+            # d(u·σ(z))/du = σ + u·σ·(1 - σ)·dz/du, where z is what σ is of.
+            value.addcmul_(value, sigmoid, value=-1)
+            torch.addcmul(sigmoid, value, square.mul_(3 * CUBIC).add_(LINEAR), out=slopes[i])
+    return a.view(h.shape), slopes
+
+
+def _image(tokens: Tensor, height: int, width: int) -> Tensor:
+    """[B, H·W, F] as [B, F, H, W] with channels_last strides: a view."""
+    return tokens.view(len(tokens), height, width, -1).permute(0, 3, 1, 2)
+
+
+def _convolve(image: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, flipped: bool = False) -> Tensor:
+    """The depthwise convolution that keeps the grid: [B, F, H, W] → tokens [B, H·W, F] of dtype."""
+    K = weight.shape[-1]
+    if K % 2 == 0:
+        # A zero row and column on its shorter side make the kernel's padding symmetric, at no copy of the activation.
+        weight = F.pad(weight, (0, 1, 0, 1) if flipped else (1, 0, 1, 0))
+    bias = None if bias is None else bias.to(image.dtype)
+    z = F.conv2d(image, weight.to(image.dtype), bias, padding=K // 2, groups=len(weight))
+    return z.permute(0, 2, 3, 1).flatten(1, 2).to(dtype)
+
+
+def _weight_gradient(a: Tensor, dz: Tensor, K: int) -> Tensor:
+    """Of the convolution of a by dz, both [B, F, H, W]: [F, 1, K, K] in their dtype.
+
+    oneDNN has this gradient vectorised for K = 3 alone. K = 4 and 5 take it for the four 3×3 corners of the kernel, which
+    overlap: an eighth of the time in bf16, half in fp32.
+    """
+    F_, (H, W) = a.shape[1], a.shape[2:]
+
+    def corner(a: Tensor, padding: int) -> Tensor:
+        shape = a.new_empty(F_, 1, 3, 3)
+        return torch.ops.aten.convolution_backward(
+            dz, a, shape, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], F_, [False, True, False]
+        )[1]  # fmt: skip
+
+    if K == 3:
+        return corner(a, padding=1)
+    before, after = (K - 1) // 2, K // 2
+    padded = F.pad(a, (before, after, before, after))
+    dweight = a.new_empty(F_, 1, K, K)
+    for i in (0, K - 3):
+        for j in (0, K - 3):
+            part = padded[:, :, i : i + H + 2, j : j + W + 2].contiguous(memory_format=torch.channels_last)
+            dweight[:, :, i : i + 3, j : j + 3] = corner(part, padding=0)
+    return dweight
+
+
+def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, height: int, width: int) -> Tensor:
+    """As `reference.gelu_dwconv`; in 16 bits the activation and its gradient are rounded to them on their way."""
+    return _GeluDwconv.apply(h, bias, weight, conv_bias, height, width)
+
+
+CPU = Ops(ln_modulate, gate_residual_ln_modulate, gelu_dwconv, attention)
