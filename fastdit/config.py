@@ -129,6 +129,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     precision: Literal["bf16", "fp32"] = "bf16"  # of parameters and activations in the network; sums are fp32 either way
+    residual: Literal["same", "fp32"] = "same"  # the residual stream between blocks: in `precision`, or kept in fp32
     shard: int = 0  # ranks a copy of the weights is sharded over; 0: the ranks of one node (HSDP across nodes)
     reshard_after_forward: bool = False  # free gathered weights between forward and backward: less memory, more traffic
     checkpoint_activations: bool = False  # recompute each block in the backward: less memory, a third more FLOPs
@@ -159,7 +160,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: Triton on a GPU, plain PyTorch elsewhere
+    kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: Triton on a GPU, PyTorch's fastest ops elsewhere
     attention: Literal["auto", "eager", "sdpa", "flash"] = "auto"  # auto: flash-attn where installed; on a CPU eager; else SDPA
 
 

@@ -8,12 +8,16 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torchvision.utils import make_grid
 
-from fastdit import latents, packs, parallel
+from fastdit import images, latents, packs, parallel, pictures, vae
 from fastdit.config import Config, UserError, exit_cleanly, parse
+from fastdit.parallel import World
 
 DESCRIPTION = """Encode a recipe's images into the pack that training reads (which does so by itself where the pack is missing).
 Killed and run again, it goes on where it was, on any number of processes.
@@ -28,7 +32,10 @@ def encode(config: Config) -> None:
     with _bar(world.rank == 0) as progress:
         path = latents.ensure(config, world, progress=progress)
     if world.rank == 0:
-        print("\n".join([*report(path), f"{time.perf_counter() - start:.1f} s in all"]), flush=True)
+        lines = report(path)
+        if config.data.vae:
+            lines.append(f"round trip: {round_trip(config, world, path)}, images above what the VAE makes of them")
+        print("\n".join([*lines, f"{time.perf_counter() - start:.1f} s in all"]), flush=True)
     parallel.shutdown()
 
 
@@ -47,6 +54,23 @@ def _bar(shown: bool) -> Iterator[latents.Progress | None]:
             bar.update(task, completed=done, total=total, skipped=skipped)
 
         yield progress
+
+
+def round_trip(config: Config, world: World, path: Path, most: int = 8) -> Path:
+    """Draw the first images of a pack, and below each what comes back from its latents as they are packed. Returns the PNG,
+    which lies beside the pack. What sets the two apart is what no training can bring back.
+    """
+    source = images.open_images(config.data)
+    examples = source.read(0, min(source.length, 8 * most))
+    pixels = [example.image for example in examples if example.image is not None][:most]
+    seen = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    autoencoder = vae.load(config.data, world.device)
+    mean, _ = autoencoder.moments(packs.normalise(seen.to(world.device))).bfloat16().float().chunk(2, dim=1)
+    decoded = autoencoder.decode((mean - autoencoder.shift) * autoencoder.scale)
+    back = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    picture = path.with_name(f"{path.name}.round-trip.png")
+    pictures.save_png(make_grid(torch.cat([seen, back]), nrow=len(seen), padding=2, pad_value=255), picture)
+    return picture
 
 
 def report(path: Path) -> list[str]:

@@ -94,12 +94,13 @@ class Block(nn.Module):
 
     def _run(self, x: Tensor, y: Tensor | None, modulation: Tensor) -> tuple[Tensor, Tensor]:
         *carried, shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp = modulation.unbind(1)
+        dtype = modulation.dtype  # what attention and MLP compute in; x may be kept wider; where it is not, no `to` copies
         if y is None:
             m = self.ops.ln_modulate(x, shift_msa, scale_msa)
         else:
-            x, m = self.ops.gate_residual_ln_modulate(x, y, carried[0], shift_msa, scale_msa)
-        x, m = self.ops.gate_residual_ln_modulate(x, self.attn(m), gate_msa, shift_mlp, scale_mlp)
-        return x, self.mlp(m)
+            x, m = self.ops.gate_residual_ln_modulate(x, y.to(x.dtype), carried[0], shift_msa, scale_msa)
+        x, m = self.ops.gate_residual_ln_modulate(x, self.attn(m.to(dtype)).to(x.dtype), gate_msa, shift_mlp, scale_mlp)
+        return x, self.mlp(m.to(dtype))
 
 
 class FinalLayer(nn.Module):
@@ -111,15 +112,19 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, y: Tensor, modulation: Tensor) -> Tensor:
         """modulation [B, 3, D]: the carried update's gate, then this layer's own shift and scale."""
         gate, shift, scale = modulation.unbind(1)
-        return self.linear(self.ops.gate_residual_ln_modulate(x, y, gate, shift, scale)[1])
+        m = self.ops.gate_residual_ln_modulate(x, y.to(x.dtype), gate, shift, scale)[1]
+        return self.linear(m.to(modulation.dtype))
 
 
 class DiT(Pretrained):
-    """The whole network. `ops` computes its fused parts; `recompute` trades a second forward of the blocks for memory."""
+    """The whole network. `ops` computes its fused parts; `recompute` trades a second forward of the blocks for memory.
 
-    def __init__(self, config: ModelConfig, ops: Ops, recompute: bool = False):
+    residual: dtype of the residual stream; None is the parameters'.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops, recompute: bool = False, residual: torch.dtype | None = None):
         super().__init__(config, ops)
-        self.config = config
+        self.config, self.residual = config, residual
         D, L = config.width, config.depth
         rows, columns = (side // config.patch for side in config.input_size)
         self.x_embedder = nn.Linear(config.channels * config.patch**2, D)
@@ -156,6 +161,7 @@ class DiT(Pretrained):
         *per_block, last = modulation.split([5] + [6] * (self.config.depth - 1) + [3], dim=1)
         patches = patchify(x, self.config.patch).to(self.x_embedder.weight.dtype)
         h = self.x_embedder(patches) + self.pos_embed
+        h = h.to(self.residual or h.dtype)
         update = None
         for block, vectors in zip(self.blocks, per_block, strict=True):
             h, update = block(h, update, vectors)
@@ -211,6 +217,11 @@ def choose_ops(config: Config, device: torch.device) -> Ops:
     from fastdit_kernels.triton_ops import TRITON  # here: it imports triton, which only Linux has
 
     return TRITON._replace(attention=attention)
+
+
+def residual_dtype(config: Config) -> torch.dtype | None:
+    """What --parallel.residual means to DiT."""
+    return torch.float32 if config.parallel.residual == "fp32" else None
 
 
 def out_channels(config: ModelConfig) -> int:

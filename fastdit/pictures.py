@@ -12,7 +12,7 @@ from torchvision.utils import make_grid
 from fastdit import config as configs
 from fastdit import diffusion, parallel, pretrained
 from fastdit.config import Config, UserError
-from fastdit.model import DiT, choose_ops
+from fastdit.model import DiT, choose_ops, residual_dtype
 from fastdit.parallel import World
 from fastdit.vae import VAE
 from fastdit.weights import load_weights
@@ -42,7 +42,7 @@ def load(weights: Path, config: Config, world: World) -> DiT:
     """The model on its weights, whole, in the precision it computes in."""
     dtype = parallel.DTYPES[config.parallel.precision]
     with torch.device("meta"):
-        model = DiT(config.model, choose_ops(config, world.device))
+        model = DiT(config.model, choose_ops(config, world.device), residual=residual_dtype(config))
     model.assign(load_weights(weights)[0], str(weights), dtype, world.device)
     return model.eval().requires_grad_(False)
 

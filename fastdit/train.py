@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from fastdit_kernels.attention import eager, sdpa
+from fastdit_kernels.cpu import CPU
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from fastdit.config import Config, RankError, UserError
 from fastdit.diffusion import Objective
 from fastdit.gauges import peak_tflops
 from fastdit.meter import Meter, summary
-from fastdit.model import DiT, choose_ops, train_flops_per_image
+from fastdit.model import DiT, choose_ops, residual_dtype, train_flops_per_image
 from fastdit.optim import Optimizer, lr_at
 from fastdit.parallel import World
 from fastdit.profiler import Profiler
@@ -215,7 +216,7 @@ def describe(config: Config, world: World, pack: latents.Pack, model: DiT, image
         grad_accum=t.grad_accum,
         total_images=t.images,
         dataset=f"{seen.count:,} images, {seen.num_classes} classes, {'resident' if pack.resident else 'read ahead from disk'}",
-        kernels="PyTorch reference" if chosen.ln_modulate is REFERENCE.ln_modulate else "Triton",
+        kernels={REFERENCE.ln_modulate: "PyTorch reference", CPU.ln_modulate: "PyTorch"}.get(chosen.ln_modulate, "Triton"),
         attention="eager" if chosen.attention is eager else "SDPA" if chosen.attention is sdpa else "flash-attn",
         precision=config.parallel.precision + (", compiled" if parallel.compiles(config.parallel, world.device) else ""),
         peak=peak_tflops(name, config.log.peak_tflops),
@@ -298,7 +299,12 @@ def draw_grid(model: DiT, config: Config, autoencoder: vae.VAE | None, world: Wo
 def build(config: Config, world: World) -> DiT:
     """The model on its starting weights, random or a file's, compiled and sharded."""
     with torch.device("meta"):
-        model = DiT(config.model, choose_ops(config, world.device), recompute=config.parallel.checkpoint_activations)
+        model = DiT(
+            config.model,
+            choose_ops(config, world.device),
+            recompute=config.parallel.checkpoint_activations,
+            residual=residual_dtype(config),
+        )
     parallel.shard(model, config.parallel, world)
     model.init_weights(config.run.seed)
     if config.train.init_from:

@@ -81,6 +81,28 @@ def test_latents_are_reported_with_their_statistics(pictures, vae_folder, tmp_pa
     assert lines[5] == f"scaled latents, per channel: mean {encode._numbers(mean)}; std {encode._numbers(std)}"
 
 
+def test_the_round_trip_is_drawn(run_ranks, pictures, vae_folder, tmp_path):
+    """Eight images in the upper row, and below them what diffusers' own class decodes from their posterior's mean."""
+    arguments = ["cats", "--data.source", "folder", "--data.path", str(pictures), "--data.image_size", "8", "8"]
+    arguments += ["--data.vae", str(vae_folder), "--data.max_bad", "0.1", "--data.packs", str(tmp_path / "packs")]
+    arguments += ["--model.input_size", "8", "8", "--model.channels", "2", "--model.num_classes", "0"]
+    ends = run_ranks.outcomes(1, verb, *arguments, init=False)
+    assert ends[0].code == 0, ends[0].error
+    [picture] = (tmp_path / "packs").glob("*.round-trip.png")
+    assert f"round trip: {picture}, images above" in ends[0].output
+    drawn = torch.from_numpy(np.array(Image.open(picture)))
+    assert drawn.shape == (22, 82, 3)
+    tiles = drawn[2:, 2:].unfold(0, 8, 10).unfold(1, 8, 10).permute(0, 1, 3, 4, 2)  # [2, 8, rows, columns, 3]
+    seen = np.stack([np.array(Image.open(pictures / f"{n:02d}.png")) for n in range(8)])
+    assert torch.equal(tiles[0], torch.from_numpy(seen))
+    autoencoder = AutoencoderKL.from_pretrained(vae_folder)
+    x = torch.from_numpy(seen).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        back = autoencoder.decode(autoencoder.encode(x).latent_dist.mean.bfloat16().float()).sample
+    expected = ((back.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1)
+    assert (tiles[1] - expected).abs().max() <= 1
+
+
 def test_bad_input_is_one_line_and_status_2_on_every_rank(run_ranks, tmp_path):
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))

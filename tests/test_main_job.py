@@ -141,6 +141,36 @@ def test_ranks_and_accumulation_do_not_change_the_curve(whole_fp32, run_ranks, t
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)  # fp32, up to the order of the sums
 
 
+def run_hybrid(config: Config) -> tuple[int, list[str]]:
+    """A whole run, and the mesh dimensions its weights lay on: the optimizer is asked while it steps."""
+    before, seen = Optimizer.step, set()
+
+    def step(self, *args):
+        meshes = {p.device_mesh for p in self.adamw.named.values()}
+        seen.update(f"{name} {size}" for mesh in meshes for name, size in zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+        return before(self, *args)
+
+    Optimizer.step = step
+    return train.train(config), sorted(seen)
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_two_nodes_of_two_ranks_follow_one_rank_and_hand_over_to_it(whole_fp32, run_ranks, tmp_path, accum):
+    """HSDP: weights sharded over 2 and replicated over 2. Stopped half-way, one rank goes on from what the four saved."""
+    whole = {"precision": "fp32"}
+    half = tiny(tmp_path, parallel=whole | {"shard": 2}, train={"batch": BATCH // 4 // accum, "grad_accum": accum})
+    stopped = run_ranks.outcomes(4, run_killed, half, 4, signal.SIGTERM, init=False)
+    assert [end.value for end in stopped] == [128 + signal.SIGTERM] * 4
+    finished = tiny(tmp_path, parallel=whole)
+    assert run_ranks(1, run, finished, init=False) == [0]
+    ours, theirs = (torch.tensor(curve(f), dtype=torch.float64) for f in (tmp_path, whole_fp32))
+    torch.testing.assert_close(ours[ours[:, 0].argsort()].unique(dim=0), theirs, rtol=2e-6, atol=0)
+    fresh = C.replace(half, run={"name": "hybrid"})
+    assert run_ranks(4, run_hybrid, fresh, init=False) == [(0, ["replicate 2", "shard 2"])] * 4
+    ours = torch.tensor(curve(tmp_path, "hybrid"), dtype=torch.float64)
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)
+
+
 def test_two_ranks_in_bf16_follow_one_rank_to_bf16_rounding(whole, run_ranks, tmp_path):
     assert run_ranks(2, run, tiny(tmp_path, train={"batch": BATCH // 2}), init=False) == [0, 0]
     ours, theirs = (torch.tensor(curve(f), dtype=torch.float64) for f in (tmp_path, whole))
