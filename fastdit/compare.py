@@ -1,39 +1,53 @@
-"""Train one small network per objective on the drawn cats, at equal images seen, and write down what each comes to.
+"""Train one small network per variant on the drawn cats, at equal images seen, and write down what each comes to.
+
+Variants of the objective, or with `--subject stability` of what is said to steady a training.
 
 Each is a run of its own under --runs, by fastdit/train.py: a killed comparison goes on where it was.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from fastdit import charts, quality
 from fastdit import config as configs
-from fastdit import quality
 from fastdit.config import RECIPES, Config, UserError
 
-# Name of the run, what it is called, and how its diffusion differs.
+# Name of the run, what it is called, and how its config differs.
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "epsilon": ("epsilon, squaredcos (the recipe of cats-256)", {"prediction": "epsilon"}),
-    "min-snr": ("epsilon, squaredcos, min-SNR 5", {"prediction": "epsilon", "min_snr": 5.0}),
-    "v": ("v, squaredcos", {"prediction": "v"}),
-    "x0": ("x0, squaredcos (the recipe of cats)", {"prediction": "x0"}),
-    "flow": ("flow, logit-normal t", {"kind": "flow", "prediction": "epsilon", "flow_t": "logit_normal"}),
+    "epsilon": ("epsilon, squaredcos (the recipe of cats-256)", {"diffusion.prediction": "epsilon"}),
+    "min-snr": ("epsilon, squaredcos, min-SNR 5", {"diffusion.prediction": "epsilon", "diffusion.min_snr": 5.0}),
+    "v": ("v, squaredcos", {"diffusion.prediction": "v"}),
+    "x0": ("x0, squaredcos (the recipe of cats)", {"diffusion.prediction": "x0"}),
+    "flow": (
+        "flow, logit-normal t",
+        {"diffusion.kind": "flow", "diffusion.prediction": "epsilon", "diffusion.flow_t": "logit_normal"},
+    ),
 }
+STABILITY: dict[str, tuple[str, dict[str, Any]]] = {
+    "bf16": ("bf16 (the recipe of cats)", {}),
+    "fp32-stream": ("fp32 residual stream", {"parallel.residual": "fp32"}),
+    "fp32": ("fp32 throughout", {"parallel.precision": "fp32"}),
+    "qk-norm": ("bf16, QK-norm", {"model.qk_norm": True}),
+}
+SUBJECTS = {"objectives": OBJECTIVES, "stability": STABILITY}
 
 
 @dataclass(frozen=True)
 class Options:
+    subject: Literal["objectives", "stability"] = "objectives"  # what is varied
     images: int = 24_000  # images each network sees
     num: int = 500  # pictures scored, and held-out cats they are compared with
     steps: int = 20  # network evaluations per picture
     seed: int = 0  # of weights, data order and noise, the same for all
-    runs: str = "runs/objectives"  # folder of the runs
+    runs: str = ""  # folder of the runs; empty: runs/SUBJECT
     packs: str = "packs"  # folder of the encoded cats
-    out: str = "docs"  # folder of objectives.md and its pictures
+    out: str = "docs"  # folder of SUBJECT.md and its pictures
     processes: int = 1  # torchrun's, on this machine
     threads: int = 0  # CPU threads of each; 0: its share of the cores
 
@@ -48,7 +62,8 @@ def main() -> None:
 
 
 def compare(options: Options) -> Path:
-    """Train and score each objective, then write the page. Returns its path. Raises UserError."""
+    """Train and score each variant, then write the page. Returns its path. Raises UserError."""
+    options = replace(options, runs=options.runs or f"runs/{options.subject}")
     base = RECIPES["cats"]
     warmup = min(base.train.warmup_images, options.images // 10)
     settings = {
@@ -63,9 +78,10 @@ def compare(options: Options) -> Path:
         "--parallel.threads": options.threads,
         "--log.save_every": options.images,
     }
-    for name, (_, diffusion) in OBJECTIVES.items():
-        fields = {"--run.name": name, **{f"--diffusion.{key}": value for key, value in diffusion.items()}}
+    for name, (_, changes) in SUBJECTS[options.subject].items():
+        fields = {"--run.name": name, **{f"--{key}": value for key, value in changes.items() if value is not True}}
         arguments = [str(x) for pair in {**settings, **fields}.items() for x in pair]
+        arguments += [f"--{key}" for key, value in changes.items() if value is True]
         train(arguments, options.processes)
     return write(options)
 
@@ -82,11 +98,13 @@ def train(arguments: list[str], processes: int) -> None:
 
 
 def write(options: Options) -> Path:
-    """objectives.md and a picture for each objective, from what the runs left. Raises UserError where a run is not there."""
-    out = Path(options.out)
-    (out / "objectives").mkdir(parents=True, exist_ok=True)
+    """SUBJECT.md, a picture of each variant and their curves, from what the runs left. Raises UserError for a missing one."""
+    out, subject = Path(options.out), options.subject
+    (out / subject).mkdir(parents=True, exist_ok=True)
     rows, config = [], None
-    for name, (title, _) in OBJECTIVES.items():
+    curves: list[charts.Line] = []
+    grads: list[charts.Line] = []
+    for name, (title, _) in SUBJECTS[subject].items():
         folder = Path(options.runs) / name
         config = configs.load(folder / "config.json")
         found = [e for e in quality.evaluations(folder) if e["metric"] == "offline" and e["num"] == options.num]
@@ -94,27 +112,48 @@ def write(options: Options) -> Path:
             raise UserError(f"{folder} holds no evaluation of {options.num} pictures")
         last = max(found, key=lambda e: e["images"])
         grid = max((folder / "samples").glob("[0-9]*.png"), key=lambda p: int(p.stem))
-        shutil.copyfile(grid, out / "objectives" / f"{name}.png")
-        rows.append((name, title, last))
+        shutil.copyfile(grid, out / subject / f"{name}.png")
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for chart, key in ((curves, "loss"), (grads, "grad_norm")):
+            chart.append(charts.Line(title, [(line["images"], line[key]) for line in lines]))
+        tail = [line["loss"] for line in lines[-max(1, len(lines) // 10) :]]
+        rows.append((name, title, last | {"loss": sum(tail) / len(tail), "skipped": lines[-1]["skipped"]}))
     assert config is not None
-    path = out / "objectives.md"
-    quality.write(path, page(options, config, rows))
+    path = out / f"{subject}.md"
+    text = page(options, config, rows)
+    if subject == "stability":  # losses of different objectives are of different things
+        drawn = [charts.Chart("loss", curves, logarithmic=True), charts.Chart("gradient norm", grads, logarithmic=True)]
+        quality.write(out / subject / "curves.svg", charts.svg(drawn))
+        text += STABLE.format("\n".join(f"| {title} | {found['loss']:.5f} | {found['skipped']} |" for _, title, found in rows))
+    quality.write(path, text)
     return path
+
+
+STABLE = """
+| | loss, mean of the last tenth | steps skipped |
+| --- | --- | --- |
+{}
+
+![loss and gradient norm](stability/curves.svg)
+
+A z-loss is not among them: it holds down the logits of a softmax over classes, and a DiT's output has none.
+"""
 
 
 def page(options: Options, config: Config, rows: list[tuple[str, str, dict[str, Any]]]) -> str:
     m, t, floor = config.model, config.train, rows[0][2]
     lines = [
-        "# Objectives compared",
+        f"# {options.subject.capitalize()} compared",
         "",
-        f"Made by `python fastdit/compare.py --images {options.images} --num {options.num} --steps {options.steps} "
-        f"--seed {options.seed}`: one network for each objective, alike in all else.",
+        f"Made by `python fastdit/compare.py --subject {options.subject} --images {options.images} --num {options.num} "
+        f"--steps {options.steps} --seed {options.seed}`: one network for each variant, alike in all else.",
         "",
         f"- Data: {config.data.image_size[0]}×{config.data.image_size[1]} drawn cats, the layers of `robohash` by David Revoy "
         "(CC-BY-4.0), resized and recombined. They are not photographs, and no figure here is one of a published data set.",
         f"- Network: {m.depth} blocks of width {m.width}, patch {m.patch}, pixels, {m.num_classes} classes, no guidance.",
         f"- Training: {rows[0][2]['images']:,} images seen by each, batch {t.batch * t.grad_accum * options.processes}, "
-        f"AdamW at {t.lr:g}, {t.lr_decay} after {t.warmup_images:,} images of warm-up, {config.parallel.precision}.",
+        f"AdamW at {t.lr:g}, {t.lr_decay} after {t.warmup_images:,} images of warm-up, "
+        f"{'bf16' if options.subject == 'objectives' else 'in the precision stated'}.",
         f"- Sampling: {options.steps} steps, EMA weights, {floor['num']:,} pictures against {floor['against']}. "
         "dpm++ samples the DDPM objectives, Euler the flow.",
         "- KID is of EfficientNet-Lite0's features, SWD of pixels: less is better; of coverage more is. Nearest: the median "
@@ -122,13 +161,13 @@ def page(options: Options, config: Config, rows: list[tuple[str, str, dict[str, 
         "**None of it is comparable with a published FID or KID.**",
         "- One seed each: differences as small as real images' own mean nothing, and a short run says nothing of a long one.",
         "",
-        "| objective | KID | SWD | coverage | nearest | pictures |",
+        f"| {'objective' if options.subject == 'objectives' else 'variant'} | KID | SWD | coverage | nearest | pictures |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     names = ("kid", "swd", "coverage", "nearest")
     for name, title, found in rows:
         cells = " | ".join(figure(found[key]) for key in names)
-        lines.append(f"| {title} | {cells} | ![{title}](objectives/{name}.png) |")
+        lines.append(f"| {title} | {cells} | ![{title}]({options.subject}/{name}.png) |")
     lines.append(f"| real images, held out | {' | '.join(figure(floor[f'{key}_floor']) for key in names)} | |")
     return "\n".join(lines) + "\n"
 

@@ -151,7 +151,7 @@ class Reduced(ReduceScatter):
         output, self.input = self.input, None
         if output is None:
             self.input = output = torch.empty(*size, dtype=dtype, device=device)
-        assert output.shape == torch.Size(size)
+        assert output.shape == tuple(size)
         return output
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:

@@ -1,6 +1,7 @@
 """Each run's command is a valid one and differs in its objective alone; the page says what the runs say."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -8,13 +9,19 @@ import pytest
 
 from fastdit import compare, quality
 from fastdit import config as C
-from fastdit.compare import OBJECTIVES, Options
+from fastdit.compare import SUBJECTS, Options
 from fastdit.config import UserError
 
 
-def test_runs_differ_in_their_objective_alone_and_the_page_has_their_figures(monkeypatch, tmp_path):
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_runs_differ_in_the_subject_alone_and_the_page_has_their_figures(monkeypatch, tmp_path, subject):
     options = Options(
-        images=640, num=32, runs=str(tmp_path / "runs"), packs=str(tmp_path / "packs"), out=str(tmp_path / "docs")
+        subject=subject,
+        images=640,
+        num=32,
+        runs=str(tmp_path / "runs"),
+        packs=str(tmp_path / "packs"),
+        out=str(tmp_path / "docs"),
     )
     configs = {}
 
@@ -28,7 +35,9 @@ def test_runs_differ_in_their_objective_alone_and_the_page_has_their_figures(mon
         C.save(config, folder / "config.json")
         (folder / "samples" / "000000640.png").write_bytes(config.run.name.encode())
         (folder / "samples" / "000000064.png").write_bytes(b"an early one")
-        place = list(OBJECTIVES).index(config.run.name)
+        rows = ({"images": 64 * i, "loss": 1 / i, "grad_norm": 2 / i, "skipped": 0} for i in range(1, 11))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        place = list(SUBJECTS[subject]).index(config.run.name)
         figures = {"kid": 1.5 + place, "kid_floor": -0.001, "swd": 0.25, "swd_floor": 0.05, "coverage": 0.75}
         figures |= {"coverage_floor": 0.97, "nearest": 12.34, "nearest_floor": 9.5}
         settings = {**quality.how(config, 640, "offline", 32, 0), "against": "32 images of 64 held-out embedded cats"}
@@ -36,21 +45,26 @@ def test_runs_differ_in_their_objective_alone_and_the_page_has_their_figures(mon
 
     monkeypatch.setattr(compare, "train", train)
     page = compare.compare(options).read_text()
-    assert list(configs) == list(OBJECTIVES)
-    base = configs["epsilon"]
+    assert list(configs) == list(SUBJECTS[subject])
+    base = next(iter(configs.values()))
+    expected = {"objectives": ("diffusion.",), "stability": ("parallel.", "model.qk_norm")}[subject]
     for config in configs.values():
         changed = [d.partition(":")[0] for d in C.differences(config, base)]
-        assert all(d.startswith("diffusion.") or d == "run.name" for d in changed)
+        assert all(d.startswith(expected) or d == "run.name" for d in changed)
         assert (config.train.images, config.eval.every_images, config.eval.num) == (640, 640, 32)
-    diffusions = [dataclasses.astuple(config.diffusion) for config in configs.values()]
-    assert len(set(diffusions)) == len(OBJECTIVES)
-    assert base.diffusion == dataclasses.replace(C.DiffusionConfig(), prediction="epsilon")
-    assert configs["flow"].diffusion.flow_t == "logit_normal"
+    varied = [str((config.diffusion, config.parallel, config.model)) for config in configs.values()]
+    assert len(set(varied)) == len(configs)
+    if subject == "objectives":
+        assert base.diffusion == dataclasses.replace(C.DiffusionConfig(), prediction="epsilon")
+        assert configs["flow"].diffusion.flow_t == "logit_normal"
+    else:
+        assert "| bf16 (the recipe of cats) | 0.10000 | 0 |" in page
+        assert (tmp_path / "docs" / subject / "curves.svg").read_text().count("<polyline") == 2 * len(configs)
 
-    for place, (name, (title, _)) in enumerate(OBJECTIVES.items()):
-        row = f"| {title} | {1.5 + place:.3f} | 0.250 | 0.750 | 12.3 | ![{title}](objectives/{name}.png) |"
+    for place, (name, (title, _)) in enumerate(SUBJECTS[subject].items()):
+        row = f"| {title} | {1.5 + place:.3f} | 0.250 | 0.750 | 12.3 | ![{title}]({subject}/{name}.png) |"
         assert row.replace("5.500", "5.5") in page
-        assert (tmp_path / "docs" / "objectives" / f"{name}.png").read_bytes() == name.encode()
+        assert (tmp_path / "docs" / subject / f"{name}.png").read_bytes() == name.encode()
     assert "| real images, held out | -0.001 | 0.050 | 0.970 | 9.5 | |" in page
     for said in (
         "640 images seen by each",
