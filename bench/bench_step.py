@@ -93,7 +93,7 @@ def test_step_in_turns(side_by_side, device, world, baselines, ours, theirs):
         calls,
         op="training step",
         shape=f"{size}/2, batch {batch}, 32×32×4",
-        rounds=5,
+        rounds=3,  # of some ten seconds each
         warmup=2,
         flops=flops,
         images=batch,
