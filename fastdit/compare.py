@@ -5,7 +5,6 @@ Variants of the objective, or with `--subject stability` of what is said to stea
 Each is a run of its own under --runs, by fastdit/train.py: a killed comparison goes on where it was.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,26 +13,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fastdit import charts, quality
+from fastdit import charts, command, quality
 from fastdit import config as configs
 from fastdit.config import RECIPES, Config, UserError
 
-# Name of the run, what it is called, and how its config differs.
-OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "epsilon": ("epsilon, squaredcos (the recipe of cats-256)", {"diffusion.prediction": "epsilon"}),
-    "min-snr": ("epsilon, squaredcos, min-SNR 5", {"diffusion.prediction": "epsilon", "diffusion.min_snr": 5.0}),
-    "v": ("v, squaredcos", {"diffusion.prediction": "v"}),
-    "x0": ("x0, squaredcos (the recipe of cats)", {"diffusion.prediction": "x0"}),
+# Name of the run, what it is called, and the options that set it apart.
+OBJECTIVES = {
+    "epsilon": ("epsilon, squaredcos (the recipe of cats-256)", "--diffusion.prediction epsilon"),
+    "min-snr": ("epsilon, squaredcos, min-SNR 5", "--diffusion.prediction epsilon --diffusion.min_snr 5.0"),
+    "v": ("v, squaredcos", "--diffusion.prediction v"),
+    "x0": ("x0, squaredcos (the recipe of cats)", "--diffusion.prediction x0"),
     "flow": (
         "flow, logit-normal t",
-        {"diffusion.kind": "flow", "diffusion.prediction": "epsilon", "diffusion.flow_t": "logit_normal"},
+        "--diffusion.kind flow --diffusion.prediction epsilon --diffusion.flow_t logit_normal",
     ),
 }
-STABILITY: dict[str, tuple[str, dict[str, Any]]] = {
-    "bf16": ("bf16 (the recipe of cats)", {}),
-    "fp32-stream": ("fp32 residual stream", {"parallel.residual": "fp32"}),
-    "fp32": ("fp32 throughout", {"parallel.precision": "fp32"}),
-    "qk-norm": ("bf16, QK-norm", {"model.qk_norm": True}),
+STABILITY = {
+    "bf16": ("bf16 (the recipe of cats)", ""),
+    "fp32-stream": ("fp32 residual stream", "--parallel.residual fp32"),
+    "fp32": ("fp32 throughout", "--parallel.precision fp32"),
+    "qk-norm": ("bf16, QK-norm", "--model.qk_norm"),
 }
 SUBJECTS = {"objectives": OBJECTIVES, "stability": STABILITY}
 
@@ -56,9 +55,9 @@ def main() -> None:
     """python fastdit/compare.py [--images N] …"""
 
     def run() -> None:
-        print(compare(configs.parse_args(Options, sys.argv[1:], "fastdit/compare.py", __doc__ or "")))
+        print(compare(command.parse_args(Options, sys.argv[1:], "fastdit/compare.py", __doc__ or "")))
 
-    configs.exit_cleanly(run)
+    command.exit_cleanly(run)
 
 
 def compare(options: Options) -> Path:
@@ -78,11 +77,9 @@ def compare(options: Options) -> Path:
         "--parallel.threads": options.threads,
         "--log.save_every": options.images,
     }
+    shared = [str(x) for pair in settings.items() for x in pair]
     for name, (_, changes) in SUBJECTS[options.subject].items():
-        fields = {"--run.name": name, **{f"--{key}": value for key, value in changes.items() if value is not True}}
-        arguments = [str(x) for pair in {**settings, **fields}.items() for x in pair]
-        arguments += [f"--{key}" for key, value in changes.items() if value is True]
-        train(arguments, options.processes)
+        train([*shared, "--run.name", name, *changes.split()], options.processes)
     return write(options)
 
 
@@ -98,12 +95,10 @@ def train(arguments: list[str], processes: int) -> None:
 
 
 def write(options: Options) -> Path:
-    """SUBJECT.md, a picture of each variant and their curves, from what the runs left. Raises UserError for a missing one."""
+    """SUBJECT.md and a picture of each variant, from what the runs left. Raises UserError where a run is not there."""
     out, subject = Path(options.out), options.subject
     (out / subject).mkdir(parents=True, exist_ok=True)
     rows, config = [], None
-    curves: list[charts.Line] = []
-    grads: list[charts.Line] = []
     for name, (title, _) in SUBJECTS[subject].items():
         folder = Path(options.runs) / name
         config = configs.load(folder / "config.json")
@@ -113,31 +108,40 @@ def write(options: Options) -> Path:
         last = max(found, key=lambda e: e["images"])
         grid = max((folder / "samples").glob("[0-9]*.png"), key=lambda p: int(p.stem))
         shutil.copyfile(grid, out / subject / f"{name}.png")
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for chart, key in ((curves, "loss"), (grads, "grad_norm")):
-            chart.append(charts.Line(title, [(line["images"], line[key]) for line in lines]))
-        tail = [line["loss"] for line in lines[-max(1, len(lines) // 10) :]]
-        rows.append((name, title, last | {"loss": sum(tail) / len(tail), "skipped": lines[-1]["skipped"]}))
+        rows.append((name, title, last))
     assert config is not None
     path = out / f"{subject}.md"
     text = page(options, config, rows)
     if subject == "stability":  # losses of different objectives are of different things
-        drawn = [charts.Chart("loss", curves, logarithmic=True), charts.Chart("gradient norm", grads, logarithmic=True)]
-        quality.write(out / subject / "curves.svg", charts.svg(drawn))
-        text += STABLE.format("\n".join(f"| {title} | {found['loss']:.5f} | {found['skipped']} |" for _, title, found in rows))
+        text += curves(Path(options.runs), out / subject / "curves.svg")
     quality.write(path, text)
     return path
 
 
-STABLE = """
-| | loss, mean of the last tenth | steps skipped |
-| --- | --- | --- |
-{}
-
-![loss and gradient norm](stability/curves.svg)
-
-A z-loss is not among them: it holds down the logits of a softmax over classes, and a DiT's output has none.
-"""
+def curves(runs: Path, picture: Path) -> str:
+    """Draw the variants' losses and gradient norms; what the page says of them."""
+    losses, norms, rows = [], [], []
+    for name, (title, _) in STABILITY.items():
+        lines = list(quality.json_lines((runs / name / "metrics.jsonl").read_text()))
+        losses.append(charts.Line(title, [(line["images"], line["loss"]) for line in lines]))
+        norms.append(charts.Line(title, [(line["images"], line["grad_norm"]) for line in lines]))
+        tail = [line["loss"] for line in lines[-max(1, len(lines) // 10) :]]
+        rows.append(f"| {title} | {sum(tail) / len(tail):.5f} | {lines[-1]['skipped']} |")
+    drawn = [charts.Chart("loss", losses, logarithmic=True), charts.Chart("gradient norm", norms, logarithmic=True)]
+    quality.write(picture, charts.svg(drawn))
+    return "\n".join(
+        [
+            "",
+            "| | loss, mean of the last tenth | steps skipped |",
+            "| --- | --- | --- |",
+            *rows,
+            "",
+            f"![loss and gradient norm](stability/{picture.name})",
+            "",
+            "A z-loss is not among them: it holds down the logits of a softmax over classes, and a DiT's output has none.",
+            "",
+        ]
+    )
 
 
 def page(options: Options, config: Config, rows: list[tuple[str, str, dict[str, Any]]]) -> str:

@@ -1,22 +1,14 @@
-"""What a run is: frozen dataclasses, the recipes, and the command line made of them. The trailing comments are the help."""
+"""What a run is: frozen dataclasses, the recipes, what must hold, and JSON. The trailing comments are the help."""
 
-import contextlib
 import dataclasses
 import difflib
-import io
 import json
-import os
 import re
-import signal
 import stat
-import sys
 import typing
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-
-import tyro
 
 T = TypeVar("T")
 
@@ -33,6 +25,12 @@ def plain(said: object, most: int = 300) -> str:
     """What a file or a library says, fit to stand in a line for a terminal: printable and not too long."""
     text = "".join(c if c.isprintable() else " " for c in str(said)[: most + 1])
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def nearest(word: str, valid: typing.Iterable[str], dashes: str = "") -> str:
+    """What was probably meant by a word that is not valid, as the end of a sentence; empty where nothing is like it."""
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"; did you mean {dashes}{near[0]}?" if near else ""
 
 
 @dataclass(frozen=True)
@@ -205,82 +203,6 @@ def replace(config: Config, **groups: dict[str, Any]) -> Config:
     return dataclasses.replace(config, **{g: dataclasses.replace(getattr(config, g), **f) for g, f in groups.items()})
 
 
-# --- the command line ---
-
-
-def parse(argv: Sequence[str], prog: str, description: str) -> Config:
-    """[RECIPE] [--group.field value …] → a validated Config. Raises UserError, one line, for anything else."""
-    args = list(argv)
-    recipe = args.pop(0) if args and not args[0].startswith("-") else "cats"
-    if recipe not in RECIPES:
-        raise UserError(f"unknown recipe {recipe!r}{_nearest(recipe, RECIPES)}; recipes: {', '.join(RECIPES)}")
-    usage = f"{description}\n\n{prog} [RECIPE] [--group.field VALUE …]    recipes: {', '.join(RECIPES)} (default cats)"
-    config = parse_args(Config, args, prog, usage, default=RECIPES[recipe])
-    if not config.run.name:
-        config = replace(config, run={"name": recipe})
-    validate(config)
-    return config
-
-
-def parse_args(cls: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
-    """A dataclass from --field arguments, by tyro. Raises UserError, one line, naming the nearest valid field."""
-    names = set(_option_names(cls))
-    for arg in argv:
-        if arg.startswith("--") and arg != "--help":
-            name = arg[2:].partition("=")[0].replace("-", "_")
-            head, _, tail = name.rpartition(".")
-            plain = f"{head}.{tail.removeprefix('no_')}" if head else tail.removeprefix("no_")
-            if name not in names and plain not in names:
-                raise UserError(f"unknown option --{name}{_nearest(name, names, '--')}")
-    out = io.StringIO()
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(out):
-            return tyro.cli(cls, args=list(argv), prog=prog, description=description, use_underscores=True, **options)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # tyro's message is a titled box, its rules dashes where the terminal has no others; the first of its parts says it all.
-        parts = re.split("─{5,}|-{5,}", re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).partition("\n")[2])
-        inside = next(part for part in parts if part.strip())
-        raise UserError(" ".join(inside.replace("│", " ").split())) from None
-
-
-def _option_names(cls: type, prefix: str = "") -> list[str]:
-    names = []
-    for f in dataclasses.fields(cls):
-        nested = typing.get_type_hints(cls)[f.name]
-        if dataclasses.is_dataclass(nested):
-            names += _option_names(typing.cast(type, nested), f"{prefix}{f.name}.")
-        else:
-            names.append(prefix + f.name)
-    return names
-
-
-def _nearest(word: str, valid: typing.Iterable[str], dashes: str = "") -> str:
-    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f"; did you mean {dashes}{near[0]}?" if near else ""
-
-
-def exit_cleanly(main: Callable[[], int | None], rank: int = 0) -> None:
-    """Run a verb and exit with its status; a UserError becomes one line on stderr (rank 0's) and status 2, on every rank.
-
-    A RankError becomes its own rank's line and status 1, and Ctrl-C status 130.
-    """
-    try:
-        sys.exit(main())
-    except RankError as error:
-        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)  # threads and groups that still wait for another rank would keep a proper exit waiting too
-    except UserError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-
-
 # --- what must hold, before anything touches the disk or the network ---
 
 
@@ -414,7 +336,7 @@ def _build(cls: Any, data: Any, where: str) -> Any:
         hints = typing.get_type_hints(cls)
         for name in data:
             if name not in hints:
-                raise UserError(f"{where}: unknown setting {plain(repr(name), 60)}{_nearest(str(name), hints)}")
+                raise UserError(f"{where}: unknown setting {plain(repr(name), 60)}{nearest(str(name), hints)}")
         return typing.cast(Any, cls)(**{name: _build(hints[name], value, f"{where}: {name}") for name, value in data.items()})
     origin = typing.get_origin(cls)
     if origin is Literal:

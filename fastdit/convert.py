@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import tyro
 from torch import Tensor
 
+from fastdit import command, pretrained
 from fastdit import config as configs
-from fastdit import pretrained
 from fastdit.config import RECIPES, Config, ModelConfig, UserError
 from fastdit.foreign import Weights, from_diffusers, from_facebook, from_seed
 from fastdit.pickles import Inert, Stored, load_pickled
@@ -39,9 +39,9 @@ def main() -> None:
     """python fastdit/convert.py SOURCE [--field VALUE …]"""
 
     def verb() -> None:
-        convert(configs.parse_args(Options, sys.argv[1:], "fastdit/convert.py", __doc__ or ""))
+        convert(command.parse_args(Options, sys.argv[1:], "fastdit/convert.py", __doc__ or ""))
 
-    configs.exit_cleanly(verb)
+    command.exit_cleanly(verb)
 
 
 def convert(options: Options) -> Path:

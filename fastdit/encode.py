@@ -1,6 +1,7 @@
 """Encode a recipe's images into the pack that training reads: `torchrun fastdit/encode.py [RECIPE]`, and check packs."""
 
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -16,7 +17,8 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from fastdit import images, latents, packs, parallel, pictures, vae
-from fastdit.config import Config, UserError, exit_cleanly, parse
+from fastdit.command import exit_cleanly, parse
+from fastdit.config import Config, UserError
 from fastdit.parallel import World
 
 DESCRIPTION = """Encode a recipe's images into the pack that training reads (which does so by itself where the pack is missing).
@@ -31,10 +33,13 @@ def encode(config: Config) -> None:
     world = parallel.init(config.parallel)
     with _bar(world.rank == 0) as progress:
         path = latents.ensure(config, world, progress=progress)
+    picture = path.with_name(f"{path.name}.round-trip.png")
+    if config.data.vae and not parallel.once(world, picture.exists):  # a function of the pack, as its name is
+        parallel.once(world, lambda: round_trip(config, world, picture))
     if world.rank == 0:
         lines = report(path)
         if config.data.vae:
-            lines.append(f"round trip: {round_trip(config, world, path)}, images above what the VAE makes of them")
+            lines.append(f"round trip: {picture}, images above what the VAE makes of them")
         print("\n".join([*lines, f"{time.perf_counter() - start:.1f} s in all"]), flush=True)
     parallel.shutdown()
 
@@ -56,21 +61,18 @@ def _bar(shown: bool) -> Iterator[latents.Progress | None]:
         yield progress
 
 
-def round_trip(config: Config, world: World, path: Path, most: int = 8) -> Path:
-    """Draw the first images of a pack, and below each what comes back from its latents as they are packed. Returns the PNG,
-    which lies beside the pack. What sets the two apart is what no training can bring back.
+def round_trip(config: Config, world: World, picture: Path, most: int = 8) -> None:
+    """Draw the first images of a pack, and below each what comes back from its latents as they are packed.
+
+    What sets the two apart is what no training can bring back.
     """
     source = images.open_images(config.data)
-    examples = source.read(0, min(source.length, 8 * most))
-    pixels = [example.image for example in examples if example.image is not None][:most]
-    seen = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    good = (example.image for example in source.read(0, source.length) if example.image is not None)
+    seen = torch.from_numpy(np.stack(list(itertools.islice(good, most)))).permute(0, 3, 1, 2)
     autoencoder = vae.load(config.data, world.device)
     mean, _ = autoencoder.moments(packs.normalise(seen.to(world.device))).bfloat16().float().chunk(2, dim=1)
-    decoded = autoencoder.decode((mean - autoencoder.shift) * autoencoder.scale)
-    back = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-    picture = path.with_name(f"{path.name}.round-trip.png")
+    back = pictures.to_uint8(autoencoder.decode((mean - autoencoder.shift) * autoencoder.scale))
     pictures.save_png(make_grid(torch.cat([seen, back]), nrow=len(seen), padding=2, pad_value=255), picture)
-    return picture
 
 
 def report(path: Path) -> list[str]:

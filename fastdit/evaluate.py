@@ -23,8 +23,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastdit import config as configs
-from fastdit import inception, metrics, parallel, pictures, quality, vae
+from fastdit import command, inception, metrics, parallel, pictures, quality, vae
 from fastdit.config import Config, UserError
 from fastdit.model import DiT
 from fastdit.parallel import World
@@ -60,9 +59,9 @@ def main() -> None:
     rank = int(os.environ.get("RANK", 0))
 
     def run() -> None:
-        evaluate(configs.parse_args(Options, sys.argv[1:], "fastdit/evaluate.py", __doc__ or ""))
+        evaluate(command.parse_args(Options, sys.argv[1:], "fastdit/evaluate.py", __doc__ or ""))
 
-    configs.exit_cleanly(lambda: parallel.as_one(run), rank)
+    command.exit_cleanly(lambda: parallel.as_one(run), rank)
 
 
 def evaluate(options: Options) -> None:

@@ -20,8 +20,8 @@ import tyro
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
+from fastdit import command, pretrained, vae
 from fastdit import config as configs
-from fastdit import pretrained, vae
 from fastdit.config import Config, ModelConfig, UserError
 from fastdit.foreign import sinusoids
 from fastdit.manifest import read_sums, verify
@@ -53,9 +53,9 @@ def main() -> None:
     """python fastdit/export.py RUN [--field VALUE …]"""
 
     def verb() -> None:
-        export(configs.parse_args(Options, sys.argv[1:], "fastdit/export.py", __doc__ or ""))
+        export(command.parse_args(Options, sys.argv[1:], "fastdit/export.py", __doc__ or ""))
 
-    configs.exit_cleanly(verb)
+    command.exit_cleanly(verb)
 
 
 def export(options: Options) -> Path:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter  # what set_custom_all_gather takes
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from fastdit.config import ParallelConfig, RankError, UserError
 
@@ -131,17 +131,14 @@ def shard(model: nn.Module, config: ParallelConfig, world: World) -> None:
     register_fsdp_forward_method(model, "condition")  # sampling calls it on its own
 
 
-class Gathered(AllGather):
+class Gathered(DefaultAllGather):
     """Gathering the shards of one process: the output is its input."""
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
         assert output_tensor.data_ptr() == input_tensor.data_ptr()
 
 
-class Reduced(ReduceScatter):
+class Reduced(DefaultReduceScatter):
     """Summing the gradients of one process: FSDP asks for an input, then for an output, and copies the one to the other."""
 
     def __init__(self) -> None:
@@ -150,12 +147,9 @@ class Reduced(ReduceScatter):
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         output, self.input = self.input, None
         if output is None:
-            self.input = output = torch.empty(*size, dtype=dtype, device=device)
+            self.input = output = super().allocate(size, dtype=dtype, device=device)
         assert output.shape == tuple(size)
         return output
-
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
-        raise AssertionError("FSDP does not reduce in a group of one")
 
 
 def communicate(model: nn.Module, last: bool) -> None:

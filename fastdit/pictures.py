@@ -138,7 +138,12 @@ def make(
     )
     if vae is not None:
         x0 = vae.decode(x0)
-    return ((x0.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    return to_uint8(x0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images of about [-1, 1], clipped to it, as uint8 on the CPU."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 
 def save_grid(images: Tensor, path: Path) -> None:

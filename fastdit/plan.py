@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from fastdit import command, costs, footprint
 from fastdit import config as configs
-from fastdit import costs, footprint
 from fastdit.config import RECIPES, Config, UserError
 from fastdit.costs import Bound, Cluster
 from fastdit.gpus import GPUS
@@ -37,17 +37,17 @@ class Options(Config):
 
 def main() -> None:
     """python fastdit/plan.py [RECIPE] [--gpus N] [--gpu NAME] [--field VALUE …]"""
-    configs.exit_cleanly(lambda: plan(parse(sys.argv[1:])))
+    command.exit_cleanly(lambda: plan(parse(sys.argv[1:])))
 
 
 def parse(argv: Sequence[str]) -> Options:
     """[RECIPE] [--field VALUE …] → what to plan. Raises UserError, one line, for anything else."""
     args = list(argv)
     recipe = [args.pop(0)] if args and not args[0].startswith("-") else []
-    base = configs.parse(recipe, "fastdit/plan.py", "")
+    base = command.parse(recipe, "fastdit/plan.py", "")
     groups = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     usage = f"{(__doc__ or '').strip()}\n\nplan.py [RECIPE] [--field VALUE …]    recipes: {', '.join(RECIPES)} (default cats)"
-    options = configs.parse_args(Options, args, "fastdit/plan.py", usage, default=Options(**groups))
+    options = command.parse_args(Options, args, "fastdit/plan.py", usage, default=Options(**groups))
     configs.validate(options)
     if options.gpu not in GPUS:
         near = difflib.get_close_matches(options.gpu, GPUS, n=1, cutoff=0.4)

@@ -147,15 +147,22 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
         text = path.read_text(errors="replace") if path.is_file() and path.stat().st_size <= LIMIT else ""
     except OSError:
         return []
-    found = []
+    return [
+        value
+        for value in json_lines(text)
+        if isinstance(value.get("metric"), str) and type(value.get("images")) in (int, type(None))
+    ]
+
+
+def json_lines(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects in the lines of a text; a line that is none, torn by a kill say, is skipped."""
     for row in text.splitlines():
         try:
             value = json.loads(row)
         except (ValueError, RecursionError):
             continue
-        if isinstance(value, dict) and isinstance(value.get("metric"), str) and type(value.get("images")) in (int, type(None)):
-            found.append(value)
-    return found
+        if isinstance(value, dict):
+            yield value
 
 
 TITLES = {

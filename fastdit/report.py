@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastdit import charts, quality
+from fastdit import charts, command, quality
 from fastdit import config as configs
 from fastdit.charts import Chart, Line
 from fastdit.config import Config, UserError
@@ -40,10 +40,10 @@ def main() -> None:
     """python fastdit/report.py RUN [--out FILE]"""
 
     def run() -> None:
-        options = configs.parse_args(Options, sys.argv[1:], "fastdit/report.py", __doc__ or "")
+        options = command.parse_args(Options, sys.argv[1:], "fastdit/report.py", __doc__ or "")
         print(report(options))
 
-    configs.exit_cleanly(run)
+    command.exit_cleanly(run)
 
 
 def report(options: Options) -> Path:
@@ -75,15 +75,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(errors="replace")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    found = []
-    for row in text.splitlines():
-        try:
-            value = json.loads(row)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict) and isinstance(value.get("images"), int):
-            found.append(value)
-    return found
+    return [value for value in quality.json_lines(text) if isinstance(value.get("images"), int)]
 
 
 def grids(folder: Path, most: int) -> list[tuple[int, bytes]]:

@@ -14,8 +14,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from fastdit import config as configs
-from fastdit import parallel, pictures, vae
+from fastdit import command, parallel, pictures, vae
 from fastdit.config import Config, UserError
 
 
@@ -43,9 +42,9 @@ def main() -> None:
     rank = int(os.environ.get("RANK", 0))
 
     def run() -> None:
-        sample(configs.parse_args(Options, sys.argv[1:], "fastdit/sample.py", __doc__ or ""))
+        sample(command.parse_args(Options, sys.argv[1:], "fastdit/sample.py", __doc__ or ""))
 
-    configs.exit_cleanly(lambda: parallel.as_one(run), rank)
+    command.exit_cleanly(lambda: parallel.as_one(run), rank)
 
 
 def sample(options: Options) -> None:

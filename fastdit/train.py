@@ -17,8 +17,8 @@ from fastdit_kernels.cpu import CPU
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
+from fastdit import command, footprint, latents, parallel, pictures, quality, vae
 from fastdit import config as configs
-from fastdit import footprint, latents, parallel, pictures, quality, vae
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, RankError, UserError
 from fastdit.diffusion import Objective
@@ -38,9 +38,9 @@ def main() -> None:
     description = (__doc__ or "").partition("\n")[0]
 
     def run() -> int:
-        return train(configs.parse(sys.argv[1:], "torchrun fastdit/train.py", description))
+        return train(command.parse(sys.argv[1:], "torchrun fastdit/train.py", description))
 
-    configs.exit_cleanly(lambda: parallel.as_one(run), rank)
+    command.exit_cleanly(lambda: parallel.as_one(run), rank)
 
 
 def step(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdit import compare, quality
+from fastdit import command, compare, quality
 from fastdit import config as C
 from fastdit.compare import SUBJECTS, Options
 from fastdit.config import UserError
@@ -28,7 +28,7 @@ def test_runs_differ_in_the_subject_alone_and_the_page_has_their_figures(monkeyp
     def train(arguments, processes):
         """What train.py would leave."""
         assert processes == 1
-        config = C.parse(["cats", *arguments], "train.py", "")
+        config = command.parse(["cats", *arguments], "train.py", "")
         configs[config.run.name] = config
         folder = Path(config.run.folder) / config.run.name
         (folder / "samples").mkdir(parents=True)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fastdit import command
 from fastdit import config as C
-from fastdit.config import RECIPES, UserError, parse
+from fastdit.command import parse
+from fastdit.config import RECIPES, UserError
 
 
 def cli(*args: str) -> C.Config:
@@ -106,7 +108,7 @@ BAD = [
 def test_bad_input_is_one_line_that_names_it_and_touches_nothing(args, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        C.exit_cleanly(lambda: cli(*args) and None)
+        command.exit_cleanly(lambda: cli(*args) and None)
     out, line = capsys.readouterr()
     assert (stop.value.code, out) == (2, "")
     assert said in line

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fastdit import command, images, packs
 from fastdit import config as C
-from fastdit import images, packs
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import UserError
 from fastdit.weights import load_weights, save_weights
@@ -104,7 +104,7 @@ def trees(whole: Any) -> st.SearchStrategy:
 
 # --- configs ---
 
-OPTIONS = sorted(C._option_names(C.Config))
+OPTIONS = sorted(command._option_names(C.Config))
 VALUES = st.one_of(
     NUMBERS.map(str),
     st.text(max_size=12),
@@ -126,7 +126,7 @@ def test_command_lines(count, tmp_path, monkeypatch, soaked):
         for name, values, joined in options:
             argv += [f"--{name}={','.join(values)}"] if joined else [f"--{name}", *values]
         try:
-            config = C.parse(argv, "train.py", "Train a DiT.")
+            config = command.parse(argv, "train.py", "Train a DiT.")
         except UserError as error:
             one_line(error)
             return

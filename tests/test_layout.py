@@ -15,7 +15,7 @@ SOURCES = sorted(ROOT.glob("fastdit/*.py")) + sorted(ROOT.glob("kernels/fastdit_
 RANKS = [
     {"fastdit_kernels"},
     {"config", "draws", "manifest"},
-    {"cats", "gauges", "trackers", "weights", "pickles", "charts", "metrics"},
+    {"command", "cats", "gauges", "trackers", "weights", "pickles", "charts", "metrics"},
     {"pretrained"},
     {"model", "diffusion", "vae", "images", "parallel", "optim", "checkpoint", "meter", "packs", "gpus", "profiler"},
     {"latents", "pictures", "foreign", "pipeline", "footprint"},

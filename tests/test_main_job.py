@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdit import command, latents, parallel, train
 from fastdit import config as C
-from fastdit import latents, parallel, train
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, UserError
 from fastdit.diffusion import Objective
@@ -381,7 +381,7 @@ def test_torchrun_hands_every_option_on():
 
     from fastdit import evaluate
 
-    options = [*C._option_names(Config), *C._option_names(Options), *C._option_names(evaluate.Options)]
+    options = [*command._option_names(Config), *command._option_names(Options), *command._option_names(evaluate.Options)]
     for option in options:
         given = get_args_parser().parse_args(["script.py", "RUN", f"--{option}", "1"])
         assert given.training_script_args == ["RUN", f"--{option}", "1"]

@@ -28,8 +28,8 @@ import torch.utils.tensorboard  # here, as what follows: a rank is a fork, and n
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch.distributed.tensor import DTensor
 
+from fastdit import command, parallel, pictures, train
 from fastdit import config as C
-from fastdit import parallel, pictures, train
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, TrainConfig
 from fastdit.diffusion import Objective
@@ -65,7 +65,7 @@ def tiny(folder: Path, packs: Path, world: int = 1, **groups) -> Config:
 
 def run(config: Config) -> None:
     """The whole verb, from the config on; ends this rank with its exit code."""
-    C.exit_cleanly(lambda: parallel.as_one(lambda: train.train(config)), int(os.environ["RANK"]))
+    command.exit_cleanly(lambda: parallel.as_one(lambda: train.train(config)), int(os.environ["RANK"]))
 
 
 def curve(folder: Path) -> list[tuple]:
@@ -705,7 +705,7 @@ def failing_alike(config: ..., kind: str) -> None:
         if world.rank == 1:
             raise {"user": C.UserError, "value": KeyError}[kind]("a reason")
 
-    C.exit_cleanly(lambda: parallel.as_one(lambda: parallel.every(world, fail)), world.rank)
+    command.exit_cleanly(lambda: parallel.as_one(lambda: parallel.every(world, fail)), world.rank)
 
 
 def test_a_failure_on_one_rank_is_said_once_and_by_all_left(run_ranks, packs, tmp_path):

@@ -85,7 +85,8 @@ class _GateResidualLnModulate(torch.autograd.Function):
 
 def _norm(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """m = LN(x)·(1 + scale) + shift in x's dtype, and the mean and 1/deviation [B, T, 1] of each row, wide."""
-    m, mean, rstd = torch.empty_like(x), *(x.new_empty(*x.shape[:2], 1, dtype=wide(x[:0]).dtype) for _ in range(2))
+    m, dtype = torch.empty_like(x), torch.promote_types(x.dtype, torch.float32)
+    mean, rstd = (x.new_empty(*x.shape[:2], 1, dtype=dtype) for _ in range(2))
     for i in _chunks(x, size=2):
         normed, mean[i], rstd[i] = torch.native_layer_norm(wide(x[i]), x.shape[-1:], None, None, EPS)
         m[i] = torch.addcmul(wide(shift[i]).unsqueeze(1), normed, wide(scale[i]).unsqueeze(1) + 1)
@@ -145,11 +146,11 @@ class _GeluDwconv(torch.autograd.Function):
 
 def _gelu(h: Tensor, bias: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
     """GELU_tanh(h + bias), of h's shape, in the dtype to convolve in; on request its derivative, wide, [B·T, F]."""
-    tokens = h.flatten(0, 1)
+    tokens, dtype = h.flatten(0, 1), torch.promote_types(h.dtype, torch.float32)
     a = torch.empty_like(tokens, dtype=h.dtype if FAST.get(h.dtype, True) else torch.float32)
-    slopes = torch.empty_like(tokens, dtype=wide(h[:0]).dtype) if slope else None
+    slopes = torch.empty_like(tokens, dtype=dtype) if slope else None
     for i in _chunks(tokens):
-        u = tokens[i].to(wide(h[:0]).dtype, copy=True).add_(bias)
+        u = tokens[i].to(dtype, copy=True).add_(bias)
         square = u * u
         sigmoid = (square * CUBIC).add_(LINEAR).mul_(u).sigmoid_()
         value = u * sigmoid

@@ -15,6 +15,7 @@ EPS = 1e-6  # of every LayerNorm in a DiT
 
 
 def wide(x: Tensor) -> Tensor:
+    """x in the dtype of arithmetic: fp32, or fp64 for fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
