@@ -13,9 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from fastdit import charts, command, quality
 from fastdit import config as configs
 from fastdit.config import RECIPES, Config, UserError
+from fastdit.gauges import precision
 
 # Name of the run, what it is called, and the options that set it apart.
 OBJECTIVES = {
@@ -29,10 +32,10 @@ OBJECTIVES = {
     ),
 }
 STABILITY = {
-    "bf16": ("bf16 (the recipe of cats)", ""),
-    "fp32-stream": ("fp32 residual stream", "--parallel.residual fp32"),
+    "bf16": ("bf16 (the recipe of cats)", "--parallel.precision bf16"),
+    "fp32-stream": ("fp32 residual stream", "--parallel.precision bf16 --parallel.residual fp32"),
     "fp32": ("fp32 throughout", "--parallel.precision fp32"),
-    "qk-norm": ("bf16, QK-norm", "--model.qk_norm"),
+    "qk-norm": ("bf16, QK-norm", "--parallel.precision bf16 --model.qk_norm"),
 }
 SUBJECTS = {"objectives": OBJECTIVES, "stability": STABILITY}
 
@@ -146,6 +149,7 @@ def curves(runs: Path, picture: Path) -> str:
 
 def page(options: Options, config: Config, rows: list[tuple[str, str, dict[str, Any]]]) -> str:
     m, t, floor = config.model, config.train, rows[0][2]
+    in_what = precision(config.parallel.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lines = [
         f"# {options.subject.capitalize()} compared",
         "",
@@ -157,7 +161,7 @@ def page(options: Options, config: Config, rows: list[tuple[str, str, dict[str, 
         f"- Network: {m.depth} blocks of width {m.width}, patch {m.patch}, pixels, {m.num_classes} classes, no guidance.",
         f"- Training: {rows[0][2]['images']:,} images seen by each, batch {t.batch * t.grad_accum * options.processes}, "
         f"AdamW at {t.lr:g}, {t.lr_decay} after {t.warmup_images:,} images of warm-up, "
-        f"{'bf16' if options.subject == 'objectives' else 'in the precision stated'}.",
+        f"{in_what if options.subject == 'objectives' else 'in the precision stated'}.",
         f"- Sampling: {options.steps} steps, EMA weights, {floor['num']:,} pictures against {floor['against']}. "
         "dpm++ samples the DDPM objectives, Euler the flow.",
         "- KID is of EfficientNet-Lite0's features, SWD of pixels: less is better; of coverage more is. Nearest: the median "

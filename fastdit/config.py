@@ -126,7 +126,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    precision: Literal["bf16", "fp32"] = "bf16"  # of parameters and activations in the network; sums are fp32 either way
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the network, sums apart; auto: bf16 where the device has it
     residual: Literal["same", "fp32"] = "same"  # the residual stream between blocks: in `precision`, or kept in fp32
     shard: int = 0  # ranks a copy of the weights is sharded over; 0: the ranks of one node (HSDP across nodes)
     reshard_after_forward: bool = False  # free gathered weights between forward and backward: less memory, more traffic

@@ -8,7 +8,8 @@ import math
 from typing import NamedTuple
 
 from fastdit.config import Config
-from fastdit.footprint import DTYPES, sizes
+from fastdit.footprint import sizes
+from fastdit.gauges import compute_dtype, precision
 from fastdit.gpus import GPU
 from fastdit.model import macs_per_image, num_frequencies, out_channels
 
@@ -50,7 +51,7 @@ def parts(config: Config, cluster: Cluster) -> list[Part]:
     their floor: 4 and 6 bytes per bf16 element for a norm or an activation, 8 and 12 for a gated residual with its norm.
     """
     m, p = config.model, config.parallel
-    D, L, F, item = m.width, m.depth, m.mlp_ratio * m.width, DTYPES[p.precision].itemsize
+    D, L, F, item = m.width, m.depth, m.mlp_ratio * m.width, compute_dtype(p.precision).itemsize
     micro, B = config.train.grad_accum, config.train.batch
     T = math.prod(side // m.patch for side in m.input_size)
     macs = {name: 2.0 * B * micro * count for name, count in macs_per_image(m).items()}  # FLOPs of one forward
@@ -87,7 +88,7 @@ def parts(config: Config, cluster: Cluster) -> list[Part]:
     # The norm reads gradients; AdamW reads parameter, gradient and moments and writes three; the average reads two, writes one.
     cost["optimizer and EMA"] = (0.0, (4 + 28 + 12) * s.trained)
     gpu = cluster.gpu
-    rate = gpu.flops if p.precision == "bf16" else gpu.flops / 2  # TF32 runs at half the rate of bf16
+    rate = gpu.flops if precision(p.precision) == "bf16" else gpu.flops / 2  # TF32 runs at half the rate of bf16
     return [Part(name, f, b, f / rate, b / (gpu.memory_gb_per_s * 1e9)) for name, (f, b) in cost.items()]
 
 
@@ -110,7 +111,7 @@ def messages(config: Config, cluster: Cluster) -> list[Message]:
     """
     p, local, nodes = config.parallel, cluster.local, cluster.nodes
     shard = p.shard or local
-    item, s = DTYPES[p.precision].itemsize, sizes(config.model, 1)
+    item, s = compute_dtype(p.precision).itemsize, sizes(config.model, 1)
     link, network = cluster.gpu.link_gb_per_s * 1e9, cluster.network * 1e9
 
     def seconds(sent: float, total: float, ranks: int) -> float:

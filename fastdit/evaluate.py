@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from fastdit import command, inception, metrics, parallel, pictures, quality, vae
 from fastdit.config import Config, UserError
+from fastdit.gauges import precision
 from fastdit.model import DiT
 from fastdit.parallel import World
 
@@ -46,7 +47,7 @@ class Options:
     guidance_low: float = -1.0  # guide only from this share of the process's timesteps; -1: as the run's config says
     guidance_high: float = -1.0  # … to this one; -1: as the run's config says
     batch: int = 64  # pictures made at once, per process
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the network
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the network; auto: bf16 where the device has it
     vae: str = ""  # folder or hub id of the autoencoder; empty: as the run's config says
     reference: str = ""  # folder of images to compare with; empty: held-out cats or training images, fidelity: training images
     reference_num: int = 50_000  # real images that fidelity compares with, drawn at random; 0: all
@@ -76,7 +77,7 @@ def evaluate(options: Options) -> None:
 
     world = parallel.init(config.parallel)
     console = Console(quiet=world.rank > 0)
-    folder = parallel.once(world, lambda: prepare(options, config, weights))
+    folder = parallel.once(world, lambda: prepare(options, config, weights, world.device))
     missing = parallel.once(world, lambda: [c for c in chunks(num) if not whole(folder / name(c), c, config)])
     mine = missing[world.rank :: world.size]
     if missing:
@@ -131,12 +132,12 @@ def whole(path: Path, chunk: range, config: Config) -> bool:
     return bool(found.dtype == np.uint8 and found.shape[:2] == (len(chunk), 3) and found.shape[2:] == config.data.image_size)
 
 
-def prepare(options: Options, config: Config, weights: Path) -> Path:
+def prepare(options: Options, config: Config, weights: Path, device: torch.device) -> Path:
     """The folder of the pictures that these weights and settings make; what they are stands in it. Rank 0 alone calls this."""
     follows_from: dict[str, Any] = {
         "weights": digest(weights),
         "seed": options.seed,
-        "precision": options.precision,
+        "precision": precision(options.precision, device),
         "vae": [config.data.vae, config.data.vae_revision],
         **{group: dataclasses.asdict(getattr(config, group)) for group in ("model", "diffusion", "sample")},
     }

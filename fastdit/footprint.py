@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdit.config import Config, ModelConfig, replace
+from fastdit.gauges import compute_dtype
 from fastdit.model import DiT, residual_dtype
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RESERVED = 2 * 10**9  # for the CUDA context, NCCL's buffers and what the allocator cannot hand out
 
 # --- activations: the real model on the meta device ---
@@ -36,7 +36,7 @@ def activations(config: Config, batch: int, ops: Ops | None = None) -> Activatio
     ops: those the run would use; by default what --kernels and --attention choose on a GPU. Eager: a compiled block saves as
     much or less.
     """
-    dtype = DTYPES[config.parallel.precision]
+    dtype = compute_dtype(config.parallel.precision)
     ops = (ops or planned_ops(config))._replace(attention=flash_attention)
     m = config.model
     with torch.device("meta"):
@@ -161,7 +161,7 @@ def sizes(config: ModelConfig, ranks: int) -> Sizes:
 def state_bytes(config: Config, ranks: int) -> dict[str, int]:
     """Bytes that one rank holds whatever the batch, by what they are, with the weights sharded over so many ranks."""
     s, p = sizes(config.model, ranks), config.parallel
-    itemsize = DTYPES[p.precision].itemsize
+    itemsize = compute_dtype(p.precision).itemsize
     gathered = min(s.root + 2 * s.block, s.whole) if p.reshard_after_forward else s.whole  # one at work, one on its way
     held = {
         "parameters": 4 * s.shard,
@@ -178,7 +178,9 @@ def state_bytes(config: Config, ranks: int) -> dict[str, int]:
 def batch_bytes(config: Config, batch: int, ops: Ops | None = None) -> dict[str, int]:
     """Bytes that come and go within a step, at the worst moment: early in the backward, or when the last gradients leave."""
     a, s = activations(config, batch, ops), sizes(config.model, 1)
-    leaving = 4 + DTYPES[config.parallel.precision].itemsize  # a gradient as computed, and its fp32 copy for the reduction
+    leaving = (
+        4 + compute_dtype(config.parallel.precision).itemsize
+    )  # a gradient as computed, and its fp32 copy for the reduction
     early = a.peak + 2 * s.block * leaving
     return {
         "activations": a.saved,

@@ -1,4 +1,4 @@
-"""What the machine says of itself: the peak its devices are known for, the energy they used, the memory a process holds."""
+"""What the machine says of itself: what its devices compute in and the peak they are known for, energy used, memory held."""
 
 import re
 import resource
@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+from fastdit_kernels.cpu import FAST
 
 # Dense bf16 TFLOP/s with fp32 accumulation, by the name CUDA gives the device: NVIDIA's data sheets, and the Ada whitepaper for
 # the RTX 4090. A name must match whole: an A10G is no A10, an RTX 4090 Laptop no RTX 4090, a MIG slice not all of its GPU.
@@ -30,6 +31,31 @@ def peak_tflops(device_name: str, given: float = 0.0) -> float | None:
     if "MIG" in name:
         return None
     return next((peak for pattern, peak in PEAK_TFLOPS.items() if re.fullmatch(pattern, name)), None)
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def precision(asked: str, device: torch.device | None = None) -> str:
+    """A key of DTYPES: what was asked for; for "auto" bf16, or fp32 on a device that has no instructions for bf16.
+
+    Such is a GPU before Ampere, and a CPU of which PyTorch's oneDNN makes no use in bf16: there a matrix product takes a
+    hundred times as long as in fp32. None: any GPU of gpus.py.
+    """
+    if asked != "auto":
+        return asked
+    return "bf16" if has_bf16(device) else "fp32"
+
+
+def has_bf16(device: torch.device | None) -> bool:
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device is None or FAST[torch.bfloat16]
+
+
+def compute_dtype(asked: str, device: torch.device | None = None) -> torch.dtype:
+    """The dtype that --parallel.precision means on the device."""
+    return DTYPES[precision(asked, device)]
 
 
 class Energy:

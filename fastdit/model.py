@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdit.config import Config, ModelConfig, UserError
 from fastdit.draws import generator
+from fastdit.gauges import compute_dtype
 from fastdit.pretrained import Pretrained, fill
 
 FREQUENCIES = 256  # sinusoids that embed the timestep
@@ -204,7 +205,7 @@ class DiT(Pretrained):
 
 def choose_ops(config: Config, device: torch.device) -> Ops:
     """The kernels that --kernels and --attention mean on this device. Raises UserError."""
-    m, dtype = config.model, torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+    m, dtype = config.model, compute_dtype(config.parallel.precision, device)
     num_tokens = math.prod(side // m.patch for side in m.input_size)
     try:
         attention = choose_attention(config.attention, device, dtype, m.width // m.num_heads, num_tokens)

@@ -22,10 +22,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from fastdit.config import ParallelConfig, RankError, UserError
+from fastdit.gauges import compute_dtype
 
 T = TypeVar("T")
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class World(NamedTuple):
@@ -109,7 +108,7 @@ def shard(model: nn.Module, config: ParallelConfig, world: World) -> None:
     Parameters stay fp32 in their shards; they are gathered, and activations run, in `precision`; gradients are summed in fp32.
     """
     policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[config.precision],
+        param_dtype=compute_dtype(config.precision, world.device),
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # t up to 999 does not survive bf16; the model casts what should be cast
     )

@@ -10,8 +10,9 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from fastdit import config as configs
-from fastdit import diffusion, parallel, pretrained
+from fastdit import diffusion, pretrained
 from fastdit.config import Config, UserError
+from fastdit.gauges import compute_dtype
 from fastdit.model import DiT, choose_ops, residual_dtype
 from fastdit.parallel import World
 from fastdit.vae import VAE
@@ -40,7 +41,7 @@ def locate(source: Path) -> tuple[Path, Config]:
 
 def load(weights: Path, config: Config, world: World) -> DiT:
     """The model on its weights, whole, in the precision it computes in."""
-    dtype = parallel.DTYPES[config.parallel.precision]
+    dtype = compute_dtype(config.parallel.precision, world.device)
     with torch.device("meta"):
         model = DiT(config.model, choose_ops(config, world.device), residual=residual_dtype(config))
     model.assign(load_weights(weights)[0], str(weights), dtype, world.device)

@@ -19,7 +19,7 @@ KINDS = {
     "GELU and convolution": r"gelu|dwconv|conv(?!ert)",
     "norms and residuals": r"ln_modulate|layer_norm|layernorm|rms_norm|addcmul",
     "matrix products": r"gemm|cutlass|nvjet|xmma|\baddmm|\bmm\b|::linear|matmul|mkldnn_linear",
-    "compiled pointwise": r"triton_",
+    "compiled pointwise": r"triton_|cpp_fused",
     "random numbers and data": r"normal_|uniform_|randn|rand\b|distribution|index_select|gather|Dataloader",
     "copies and casts": r"copy|clone|contiguous|memcpy|memset|cat\b|stack|fill_|zero_|::to\b|pad",
     "sums and elementwise": r"elementwise|reduce_kernel|sum|::(mul|add|sub|div|neg|pow|r?sqrt|exp|cos|sin|silu|where|mean|mse)",

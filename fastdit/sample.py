@@ -31,7 +31,7 @@ class Options:
     guidance_low: float = -1.0  # guide only from this share of the process's timesteps; -1: as the run's config says
     guidance_high: float = -1.0  # … to this one; -1: as the run's config says
     batch: int = 64  # pictures made at once, per process
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the network
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the network; auto: bf16 where the device has it
     vae: str = ""  # folder or hub id of the autoencoder; empty: as the run's config says
     out: str = ""  # folder to write to; empty: pictures/ in the run folder, or beside the file
     singles: bool = False  # write each picture as a PNG of its own, besides the grid

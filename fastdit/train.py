@@ -22,7 +22,7 @@ from fastdit import config as configs
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, RankError, UserError
 from fastdit.diffusion import Objective
-from fastdit.gauges import peak_tflops
+from fastdit.gauges import has_bf16, peak_tflops, precision
 from fastdit.meter import Meter, summary
 from fastdit.model import DiT, choose_ops, residual_dtype, train_flops_per_image
 from fastdit.optim import Optimizer, lr_at
@@ -205,6 +205,11 @@ def describe(config: Config, world: World, pack: latents.Pack, model: DiT, image
     gpu = world.device.type == "cuda"
     name = torch.cuda.get_device_name(world.device) if gpu else "CPU"
     chosen = choose_ops(config, world.device)
+    numbers = precision(config.parallel.precision, world.device)
+    if not has_bf16(world.device):
+        numbers += (
+            " (no bf16 in this device)" if numbers == "fp32" else " (not in this device's instructions: fp32 is much faster)"
+        )
     summary(
         recipe=config.run.name,
         folder=folder,
@@ -218,7 +223,7 @@ def describe(config: Config, world: World, pack: latents.Pack, model: DiT, image
         dataset=f"{seen.count:,} images, {seen.num_classes} classes, {'resident' if pack.resident else 'read ahead from disk'}",
         kernels={REFERENCE.ln_modulate: "PyTorch reference", CPU.ln_modulate: "PyTorch"}.get(chosen.ln_modulate, "Triton"),
         attention="eager" if chosen.attention is eager else "SDPA" if chosen.attention is sdpa else "flash-attn",
-        precision=config.parallel.precision + (", compiled" if parallel.compiles(config.parallel, world.device) else ""),
+        precision=numbers + (", compiled" if parallel.compiles(config.parallel, world.device) else ""),
         peak=peak_tflops(name, config.log.peak_tflops),
         resumed_images=images_seen,
     )

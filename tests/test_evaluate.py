@@ -171,8 +171,8 @@ def test_other_settings_and_weights_have_folders_of_their_own(folder, tmp_path):
     weights, config = pictures.locate(folder)
 
     def home(**changed):
-        options = Options(str(folder), out=str(tmp_path), **changed)
-        return evaluate.prepare(options, evaluate.chosen(config, options), weights).name
+        options = Options(str(folder), out=str(tmp_path), **{"precision": "bf16", **changed})
+        return evaluate.prepare(options, evaluate.chosen(config, options), weights, torch.device("cpu")).name
 
     names = {home(), home(seed=1), home(steps=3), home(sampler="ddim"), home(precision="fp32")}
     assert len(names) == 5

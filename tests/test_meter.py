@@ -507,3 +507,16 @@ def test_no_tracker_is_needed(tmp_path, monkeypatch):
     with contextlib.closing(none):
         assert none.tensorboard is None
         assert none.wandb is None
+
+
+def test_what_is_computed_in_follows_the_device(monkeypatch):
+    cpu = torch.device("cpu")
+    for fast, name in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setitem(gauges.FAST, torch.bfloat16, fast)
+        assert gauges.precision("auto", cpu) == name
+        assert gauges.compute_dtype("auto", cpu) == gauges.DTYPES[name]
+        assert [gauges.precision(asked, cpu) for asked in ("bf16", "fp32")] == ["bf16", "fp32"]
+        assert gauges.precision("auto") == "bf16", "the GPUs that plans are made for have it"
+    for capability, name in (((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert gauges.precision("auto", torch.device("cuda")) == name

@@ -8,9 +8,10 @@ from fastdit_kernels.reference import REFERENCE
 from PIL import Image
 
 from fastdit import config as C
-from fastdit import diffusion, pictures
+from fastdit import diffusion, gauges, pictures
 from fastdit.model import DiT
 from fastdit.parallel import World
+from fastdit.weights import save_weights
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -86,3 +87,13 @@ def test_a_grid_holds_every_picture_in_order(tmp_path):
             box = (2 + column * 8, 2 + row * 6, 8 + column * 8, 6 + row * 6)
             assert grid.crop(box).tobytes() == image.permute(1, 2, 0).contiguous().numpy().tobytes()
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["grid.png"]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_by_default_a_model_is_in_what_the_device_computes_fast(case, fast, tmp_path, monkeypatch):
+    config, model = case
+    monkeypatch.setitem(gauges.FAST, torch.bfloat16, fast)
+    weights = tmp_path / "ema.safetensors"
+    save_weights(weights, dict(model.state_dict()))
+    found = pictures.load(weights, C.replace(config, parallel={"precision": "auto"}), ALONE)
+    assert {p.dtype for p in found.parameters()} == {torch.bfloat16 if fast else torch.float32}

@@ -19,11 +19,14 @@ from fastdit_kernels.reference import EPS, wide
 
 CHUNK = 2**18  # elements: in fp32 1 MB, of which a few fit a core's second-level cache
 
-# Without them PyTorch's 16-bit convolution is a loop over scalars.
-FAST = {
-    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-}
+
+def _onednn_has(dtype: str) -> bool:
+    probe = getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", None)
+    return probe is not None and probe()  # there is none where PyTorch is built without oneDNN
+
+
+# Where oneDNN lacks them, PyTorch's 16-bit convolution and matrix product are loops over scalars.
+FAST = {torch.bfloat16: _onednn_has("bf16"), torch.float16: _onednn_has("fp16")}
 
 # GELU_tanh(u) = u·σ(LINEAR·u + CUBIC·u³): PyTorch's sigmoid takes an eighth of the time of its tanh, and loses nothing where u
 # is far below 0.
