@@ -84,7 +84,9 @@ def standard(size: str, sizes: dict, device: torch.device) -> PlainDiT:
     return PlainDiT(32, 4, 2, depth, width, num_heads, conv=False).to(device)
 
 
-def training_step(model: nn.Module, alphas_cumprod: Tensor, x0: Tensor, compiled: bool) -> Callable[[], None]:
+def training_step(
+    model: nn.Module, alphas_cumprod: Tensor, x0: Tensor, compiled: bool, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[], None]:
     """One step on x0 [B, C, rows, columns], as the DiT repository trains: autocast, clipping, AdamW, averages by a loop."""
     network = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-2)
@@ -94,7 +96,7 @@ def training_step(model: nn.Module, alphas_cumprod: Tensor, x0: Tensor, compiled
         t = torch.randint(0, len(alphas_cumprod), (len(x0),), device=x0.device)
         noise, kept = torch.randn_like(x0), alphas_cumprod[t].view(-1, 1, 1, 1)
         noisy = kept.sqrt() * x0 + (1 - kept).sqrt() * noise
-        with torch.autocast(x0.device.type, torch.bfloat16):
+        with torch.autocast(x0.device.type, dtype, enabled=dtype != torch.float32):
             out = network(noisy, t)
         F.mse_loss(out.float(), noise).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -17,19 +17,19 @@ def usual(qkv):
 
 
 @pytest.mark.parametrize(("T", "H", "K"), SHAPES)
-def test_attention(side_by_side, device, T, H, K):
+def test_attention(side_by_side, device, dtype, numbers, T, H, K):
     gpu = device.type == "cuda"
     B = 32 if gpu else 4
     backends = ["sdpa", "eager"]
     if gpu and (importlib.util.find_spec("flash_attn") or importlib.util.find_spec("flash_attn_interface")):
         backends.append("flash")
-    functions = {name: choose_attention(name, device, torch.bfloat16, K, T) for name in backends}
-    auto = choose_attention("auto", device, torch.bfloat16, K, T)
+    functions = {name: choose_attention(name, device, dtype, K, T) for name in backends}
+    auto = choose_attention("auto", device, dtype, K, T)
     chosen = next((n for n, f in functions.items() if f == auto), "flash")  # a partial equals no other
     functions = {f"fastdit: {chosen}": functions.pop(chosen), **functions, "usual layout": usual}
-    qkv = torch.randn(B, T, 3, H, K, device=device, dtype=torch.bfloat16, requires_grad=True)
-    dout = torch.randn(B, T, H * K, device=device, dtype=torch.bfloat16)
-    shape = f"B={B} T={T} H={H} K={K} bf16"
+    qkv = torch.randn(B, T, 3, H, K, device=device, dtype=dtype, requires_grad=True)
+    dout = torch.randn(B, T, H * K, device=device, dtype=dtype)
+    shape = f"B={B} T={T} H={H} K={K} {numbers}"
     forward = 4 * B * H * T * T * K  # two products of T × T × K, and the backward has five
     side_by_side(
         {n: (lambda f=f: torch.autograd.grad(f(qkv), qkv, dout)) for n, f in functions.items()},

@@ -49,10 +49,10 @@ def implementation(baseline, device):
     return {"seed NCHW": seed_nchw, "eager channels-last": channels_last}[baseline]
 
 
-def tensors(B, side, F, K, device):
+def tensors(B, side, F, K, device, dtype=torch.bfloat16):
     torch.manual_seed(0)
     shapes = ((B, side * side, F), (F,), (F, 1, K, K), (F,), (B, side * side, F))
-    *leaves, dz = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
+    *leaves, dz = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
     return [leaf.requires_grad_() for leaf in leaves], dz
 
 
@@ -80,12 +80,14 @@ def test_gelu_dwconv(measure, gpu, direction, baseline, B, side, F, K):
 
 
 @pytest.mark.parametrize(("B", "side", "F", "K"), ON_CPU)
-def test_gelu_dwconv_on_a_cpu(side_by_side, device, world, B, side, F, K):  # world: with memory kept as in training
+def test_gelu_dwconv_on_a_cpu(
+    side_by_side, device, world, dtype, numbers, B, side, F, K
+):  # world: with memory kept as in training
     if device.type != "cpu":
         pytest.skip("the CPU's path")
     compiled = K == 3  # half a minute of compiling each
     calls = {name: implementation(name, device) for name in BASELINES if compiled or "compile" not in name}
-    leaves, dz = tensors(B, side, F, K, device)
+    leaves, dz = tensors(B, side, F, K, device, dtype)
 
     def timed(call):
         return lambda: torch.autograd.grad(call(*leaves, side, side), leaves, dz)
@@ -93,7 +95,7 @@ def test_gelu_dwconv_on_a_cpu(side_by_side, device, world, B, side, F, K):  # wo
     side_by_side(
         {name: timed(call) for name, call in (calls | {"reference, fp32 within": reference}).items()},
         op="gelu_dwconv forward + backward",
-        shape=f"B={B} {side}×{side} F={F} K={K} bf16",
+        shape=f"B={B} {side}×{side} F={F} K={K} {numbers}",
         rounds=15,
         warmup=3,
     )

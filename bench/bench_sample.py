@@ -18,15 +18,15 @@ pytestmark = [
 ]
 
 
-def ours(config, batch: int, steps: int, world):
+def ours(config, batch: int, steps: int, world, dtype: torch.dtype):
     config = replace(config, sample={"steps": steps})
     model = DiT(config.model, choose_ops(config, world.device))
     model.init_weights(0)
-    model = model.to(world.device, torch.bfloat16).eval().requires_grad_(False)
+    model = model.to(world.device, dtype).eval().requires_grad_(False)
     return lambda: pictures.make(model, config, None, world, first=0, count=batch, seed=0)
 
 
-def seeds_way(baselines, batch: int, steps: int, device: torch.device):
+def seeds_way(baselines, batch: int, steps: int, device: torch.device, dtype: torch.dtype):
     model = baselines.seed_repository("B", SIZES, device).eval()
     noise = torch.randn(batch, 4, 32, 32, device=device)
 
@@ -36,7 +36,7 @@ def seeds_way(baselines, batch: int, steps: int, device: torch.device):
         solver.set_timesteps(steps)
         x = noise
         for t in solver.timesteps:
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 labelled, unlabelled = model(torch.cat([x, x]), t.to(device).expand(2 * batch)).float().chunk(2)
             x = solver.step(unlabelled + 4.0 * (labelled - unlabelled), t, x).prev_sample
         return x
@@ -46,15 +46,19 @@ def seeds_way(baselines, batch: int, steps: int, device: torch.device):
 
 @pytest.mark.timeout(0)  # a busy CPU may take minutes
 @pytest.mark.parametrize("batch", [1, 64])
-def test_sampling(side_by_side, device, world, baselines, batch):
+def test_sampling(side_by_side, device, world, baselines, dtype, numbers, slow, batch):
+    batch = 16 if slow and batch == 64 else batch
     config = RECIPES["cats-256"]
     gpu = device.type == "cuda"
     steps = 20 if gpu else 10 if batch == 1 else 2  # a CPU takes seconds for each
     flops = 2 * batch * steps * sum(macs_per_image(config.model).values())
     side_by_side(
-        {"fastdit": ours(config, batch, steps, world), "the seed's way": seeds_way(baselines, batch, steps, device)},
+        {
+            "fastdit": ours(config, batch, steps, world, dtype),
+            "the seed's way": seeds_way(baselines, batch, steps, device, dtype),
+        },
         op=f"sampling, {steps} dpm++ steps",
-        shape=f"B/2, batch {batch}, 32×32×4",
+        shape=f"B/2, batch {batch}, 32×32×4 {numbers}",
         rounds=20 if gpu else 2 if batch > 1 else 3,
         warmup=3 if gpu else int(batch == 1),
         flops={"fastdit": flops, "the seed's way": 2 * flops},

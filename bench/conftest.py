@@ -19,11 +19,13 @@ from typing import NamedTuple
 import pytest
 import torch
 import triton
+from torch.profiler import ProfilerActivity, profile
 
 from fastdit import parallel
 from fastdit.config import ParallelConfig
-from fastdit.gauges import Energy
+from fastdit.gauges import DTYPES, Energy, has_bf16, precision
 from fastdit.parallel import World
+from fastdit.profiler import kinds, own_times
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,12 +39,12 @@ class Row(NamedTuple):
     shape: str
     microseconds: float
     rounds: int
-    bytes: int | None
-    gb_per_s: float | None
-    percent_of_copy: float | None
-    flops: int | None
-    tflop_per_s: float | None
-    percent_of_matmul: float | None
+    bytes: int | None = None
+    gb_per_s: float | None = None
+    percent_of_copy: float | None = None
+    flops: int | None = None
+    tflop_per_s: float | None = None
+    percent_of_matmul: float | None = None
     extra: dict[str, float] | None = None  # what else was measured or follows, by name with its unit
 
 
@@ -65,6 +67,23 @@ STASH = Session()
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def numbers(device: torch.device) -> str:
+    """What a training step computes in on this device, by its short name: bf16, or fp32 where it has no bf16."""
+    return precision("auto", device)
+
+
+@pytest.fixture(scope="session")
+def dtype(numbers: str) -> torch.dtype:
+    return DTYPES[numbers]
+
+
+@pytest.fixture(scope="session")
+def slow(device: torch.device, ceilings: "Ceilings") -> bool:
+    """Whether a step of B/2 at batch 8 takes this device more than some five seconds."""
+    return device.type == "cpu" and ceilings.matmul < 0.3e12
 
 
 @pytest.fixture
@@ -119,9 +138,9 @@ def seconds(device: torch.device) -> Callable[[Callable[[], object]], float]:
 
 
 @pytest.fixture(scope="session")
-def ceilings(device: torch.device, seconds) -> Ceilings:
+def ceilings(device: torch.device, dtype: torch.dtype, seconds) -> Ceilings:
     """The copy and the matrix product this device reaches now: what every other row is a percentage of."""
-    size, side, dtype = (2**30, 8192, torch.bfloat16) if device.type == "cuda" else (2**26, 2048, torch.bfloat16)
+    size, side = (2**30, 8192) if device.type == "cuda" else (2**26, 2048)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a = torch.randn(side, side, device=device, dtype=dtype)
@@ -174,6 +193,7 @@ def side_by_side(
 ) -> Callable[..., dict[str, Row]]:
     """side_by_side(calls, op=, shape=, rounds=, …): time several implementations in turn, round after round, a row for each.
 
+    Where `rounds` of them would take more than `budget` seconds there are fewer, but two.
     Whatever else the machine does then falls on all of them alike: compare by `x of the first`, the median of the rounds'
     ratios. The first one's rounds are what pytest-benchmark keeps. flops and bytes are by name, images those of one call.
     `extra(name, seconds)` adds what follows from a median. On a GPU each row also says its peak memory and its power.
@@ -186,6 +206,7 @@ def side_by_side(
         shape: str,
         rounds: int,
         warmup: int = 1,
+        budget: float = 60,
         bytes: Mapping[str, int] | None = None,
         flops: Mapping[str, int] | None = None,
         images: int = 0,
@@ -198,9 +219,8 @@ def side_by_side(
             for name in others:
                 times[name].append(seconds(calls[name]))
 
-        for call in calls.values():
-            for _ in range(warmup):
-                seconds(call)
+        turn = sum([0.0, *(seconds(call) for _ in range(warmup))][-1] for call in calls.values())
+        rounds = max(2, min(rounds, int(budget / turn))) if turn else rounds
         benchmark.pedantic(lambda: times[first].append(seconds(calls[first])), setup=time_others, rounds=rounds)
         found = {}
         for name, call in calls.items():
@@ -222,6 +242,29 @@ def side_by_side(
         return found
 
     return side_by_side
+
+
+@pytest.fixture
+def where_it_goes(request: pytest.FixtureRequest, device: torch.device) -> Callable[..., None]:
+    """where_it_goes(call, baseline=, shape=, steps=): trace a step and add a row for each kind of op, as train.py's profile."""
+
+    def where_it_goes(call: Callable[[], object], *, baseline: str, shape: str, steps: int = 3) -> None:
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        with profile(activities=activities, acc_events=True) as trace:
+            start = time.perf_counter()
+            for _ in range(steps):
+                call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            whole = (time.perf_counter() - start) / steps
+        found = kinds(own_times(trace.key_averages(), device), steps)
+        times = [(kind.name, kind.seconds, {"calls": kind.calls}) for kind in found]
+        times.append(("not in any op", whole - sum(kind.seconds for kind in found), {}))
+        for name, spent, more in times:
+            share = {"% of the step": 100 * spent / whole, **more}
+            STASH.rows.append(Row(request.path.stem, f"of a step: {name}", baseline, shape, spent * 1e6, steps, extra=share))
+
+    return where_it_goes
 
 
 def _power_and_memory(call: Callable[[], object], device: torch.device, images: int) -> dict[str, float]:
@@ -247,7 +290,11 @@ def _commit() -> str:
     root = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     changed = subprocess.run(
-        ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True
+        ["git", "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     return commit + (" with changes" if changed else "")
 
@@ -282,7 +329,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
         more = "  ".join(f"{value:.4g} {name}" for name, value in (r.extra or {}).items())
         write(f"{r.op:36} {r.baseline:28} {r.shape:32} {r.microseconds:10.1f} {bandwidth} {arithmetic}  {more}".rstrip())
     RESULTS.mkdir(exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    fp32 = "" if torch.cuda.is_available() or has_bf16(torch.device("cpu")) else " fp32"  # of another kind: a file of its own
+    slug = re.sub(r"[^a-z0-9]+", "-", (name + fp32).lower()).strip("-")
     about = {
         "device": name if torch.cuda.is_available() else _processor(),
         "torch": torch.__version__,
