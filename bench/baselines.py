@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdit.config import ModelConfig
+
 
 class PlainBlock(nn.Module):
     """A DiT block the usual way: every op its own module, modulation per block, residuals added on the spot.
@@ -72,16 +74,14 @@ class PlainDiT(nn.Module):
         return out.permute(0, 5, 1, 3, 2, 4).reshape(B, C, rows, columns)
 
 
-def seed_repository(size: str, sizes: dict, device: torch.device) -> PlainDiT:
+def seed_repository(model: ModelConfig, device: torch.device) -> PlainDiT:
     """With the K = 4 convolution on NCHW between two transposes."""
-    depth, width, num_heads = sizes[size]
-    return PlainDiT(32, 4, 2, depth, width, num_heads, conv=True).to(device)
+    return PlainDiT(32, 4, 2, model.depth, model.width, model.num_heads, conv=True).to(device)
 
 
-def standard(size: str, sizes: dict, device: torch.device) -> PlainDiT:
+def standard(model: ModelConfig, device: torch.device) -> PlainDiT:
     """With a plain MLP."""
-    depth, width, num_heads = sizes[size]
-    return PlainDiT(32, 4, 2, depth, width, num_heads, conv=False).to(device)
+    return PlainDiT(32, 4, 2, model.depth, model.width, model.num_heads, conv=False).to(device)
 
 
 def training_step(
