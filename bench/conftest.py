@@ -304,10 +304,11 @@ def _form(number: float | None, form: str) -> str:
 
 
 def _processor() -> str:
-    """The CPU by name, and the threads PyTorch uses of it."""
+    """The CPU by name, the instructions and the threads PyTorch uses of it."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return f"CPU, {names[0] if names else 'unknown'}, {torch.get_num_threads()} threads"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"CPU, {names[0] if names else 'unknown'}, {instructions}, {torch.get_num_threads()} threads"
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
