@@ -2,25 +2,19 @@
 
 On a CPU: B/2, batch 8 (on a slow one 4 of its 12 blocks), eager and compiled, side by side in turns, with the step's own matrix
 products alone as one more row: what `of the bound` is a fraction of is the time all the step's arithmetic would take at their
-rate. On a GPU: each alone, B/2 and XL/2. Then a step of ours by kind of op, compiled or not as train.py has it by default.
+rate. On a GPU: each alone, B/2 and XL/2. The ops of a step are counted, and a step of ours is taken apart by kind of op.
 """
 
 import dataclasses
-import logging
 
 import pytest
 import torch
-from torch._inductor import metrics
-from torch._inductor.compile_fx import inductor_metrics_log
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastdit import train
 from fastdit.config import RECIPES, SIZES, dit, replace
 from fastdit.diffusion import Objective, schedule
-from fastdit.footprint import flash_attention
 from fastdit.gauges import peak_tflops
-from fastdit.model import Block, train_flops_per_image
+from fastdit.model import train_flops_per_image
 from fastdit.optim import Optimizer
 
 pytestmark = [
@@ -34,17 +28,18 @@ SEED = "the seed's way"
 STANDARD = "standard DiT"
 PLAIN = "fastdit, plain MLP"
 COMPILED = ", torch.compile"
+AUTOCAST = ", autocast to bf16"
 
 
 def model_config(name: str, size: str, depth: int = 0):
     """What each computes: the same DiT, with the default convolution (K = 3), the seed's (K = 4) or none; 0: all its blocks."""
-    kernel = {"fastdit": 3, SEED: 4}.get(name.removesuffix(COMPILED), 0)
+    kernel = {"fastdit": 3, SEED: 4}.get(name.removesuffix(COMPILED).removesuffix(AUTOCAST), 0)
     model = dit(size, 2, channels=4, num_classes=0, conv_kernel=kernel)
     return dataclasses.replace(model, depth=depth or model.depth)
 
 
-def training(name: str, size: str, batch: int, world, baselines, dtype: torch.dtype, depth: int = 0):
-    """A call that takes one training step."""
+def training(name: str, size: str, batch: int, world, baselines, dtype: torch.dtype, depth: int = 0, **options: str):
+    """A call that takes one training step. Options are fields of our config: kernels, attention."""
     x0 = torch.randn(batch, 4, 32, 32, device=world.device)
     if not name.startswith("fastdit"):
         make = baselines.seed_repository if name.startswith(SEED) else baselines.standard
@@ -52,8 +47,9 @@ def training(name: str, size: str, batch: int, world, baselines, dtype: torch.dt
         return baselines.training_step(
             make(model_config(name, size, depth), world.device), alphas_cumprod, x0, name.endswith(COMPILED), dtype
         )
-    compile = "on" if name.endswith(COMPILED) else "auto"
+    compile = "on" if name.endswith(COMPILED) else "off"
     config = replace(CONFIG, model=vars(model_config(name, size, depth)), train={"batch": batch}, parallel={"compile": compile})
+    config = dataclasses.replace(config, **options)
     model = train.build(config, world)
     optimizer, objective = Optimizer(model, config.train, batch), Objective(config.diffusion, device=world.device)
     seen = [0]
@@ -92,12 +88,15 @@ def products(model, batch: int, device: torch.device, dtype: torch.dtype):
 
 @pytest.mark.timeout(0)  # a busy CPU may take minutes
 @pytest.mark.parametrize(("ours", "theirs"), [("fastdit", SEED), (PLAIN, STANDARD)])
-def test_step_in_turns(side_by_side, device, world, baselines, dtype, numbers, slow, ours, theirs):
+def test_step_in_turns(side_by_side, tally, counting, device, world, baselines, dtype, numbers, slow, ours, theirs):
     if device.type == "cuda":
         pytest.skip("on a GPU test_step times each alone, with the memory to itself")
     size, batch, depth = "B", 8, 4 if slow else 12
+    what = shape(size, depth, batch, numbers)
     names = [name + how for name in (ours, theirs) for how in ("", COMPILED)]
     calls = {name: training(name, size, batch, world, baselines, dtype, depth) for name in names}
+    for name, call in calls.items():
+        tally(counting.count(call), of="a step", baseline=name, shape=what)
     flops = {name: batch * train_flops_per_image(model_config(name, size, depth)) for name in names}
     alone = "its matrix products alone"
     calls[alone], flops[alone] = products(model_config(ours, size, depth), batch, device, dtype)
@@ -105,10 +104,9 @@ def test_step_in_turns(side_by_side, device, world, baselines, dtype, numbers, s
     rows = side_by_side(
         calls,
         op="training step",
-        shape=shape(size, depth, batch, numbers),
+        shape=what,
         rounds=5,
         budget=45,
-        warmup=2,
         flops=flops,
         images=batch,
         extra=lambda name, s: medians.update({name: s}) or {},
@@ -122,8 +120,28 @@ def test_step_in_turns(side_by_side, device, world, baselines, dtype, numbers, s
     torch._dynamo.reset()
 
 
+@pytest.mark.timeout(0)
+def test_step_under_autocast(side_by_side, device, world, baselines, numbers):
+    """As others' trainers run where they are left to their defaults: in bf16, for which such a CPU has no instructions."""
+    if device.type == "cuda" or numbers != "fp32":
+        pytest.skip("this device has bf16: every bench of a step is under autocast")
+    names = ["fastdit", SEED + AUTOCAST, STANDARD + AUTOCAST]
+    side_by_side(
+        {name: training(name, "B", 1, world, baselines, torch.bfloat16, depth=1) for name in names},
+        op="training step",
+        shape="B/2 of 1 block, batch 1, 32×32×4",
+        rounds=2,
+        warmup=0,
+        flops={name: train_flops_per_image(model_config(name, "B", 1)) for name in names},
+        images=1,
+    )
+
+
 @pytest.mark.parametrize(("size", "batch"), [("B", 32), ("B", 128), ("XL", 32)])
-@pytest.mark.parametrize("name", ["fastdit", PLAIN, SEED, SEED + COMPILED, STANDARD, STANDARD + COMPILED])
+@pytest.mark.parametrize(
+    "name",
+    ["fastdit" + COMPILED, "fastdit", PLAIN + COMPILED, PLAIN, SEED + COMPILED, SEED, STANDARD + COMPILED, STANDARD],
+)
 def test_step(side_by_side, gpu, world, baselines, dtype, numbers, name, size, batch):
     peak = peak_tflops(torch.cuda.get_device_name(gpu))
     flops = batch * train_flops_per_image(model_config(name, size))
@@ -146,93 +164,27 @@ def test_step(side_by_side, gpu, world, baselines, dtype, numbers, name, size, b
 
 
 @pytest.mark.timeout(0)
+def test_what_a_step_does(tally, counting, device, world, baselines, dtype, numbers, slow):
+    """Ours on its kernels, wherever it is; on a GPU the seed's way too, which test_step_in_turns counts elsewhere."""
+    gpu = device.type == "cuda"
+    batch, depth = 32 if gpu else 8, 4 if slow else 12
+    for name in ("fastdit", SEED) if gpu else ("fastdit",):
+        for how in ("", COMPILED):
+            options = {"kernels": "triton"} if gpu else {"kernels": "triton", "attention": "sdpa"}
+            call = training(name + how, "B", batch, world, baselines, dtype, depth, **options)
+            count = counting.count(call)
+            assert name == SEED or not count.host_reads
+            tally(count, of="a step on kernels", baseline=name + how, shape=shape("B", depth, batch, numbers))
+            torch._dynamo.reset()
+
+
+@pytest.mark.timeout(0)
 def test_where_a_step_goes(where_it_goes, device, world, baselines, dtype, numbers, slow):
-    batch, depth = 32 if device.type == "cuda" else 8, 4 if slow else 12
-    step = training("fastdit", "B", batch, world, baselines, dtype, depth)
+    """As train.py runs it by default: compiled on a GPU, and not on a CPU."""
+    gpu = device.type == "cuda"
+    name, batch, depth = "fastdit" + COMPILED * gpu, 32 if gpu else 8, 4 if slow else 12
+    step = training(name, "B", batch, world, baselines, dtype, depth)
     for _ in range(2):
         step()
-    where_it_goes(step, baseline="fastdit", shape=shape("B", depth, batch, numbers))
+    where_it_goes(step, baseline=name, shape=shape("B", depth, batch, numbers))
     torch._dynamo.reset()
-
-
-# --- one block: ops and bytes, counted where no number is computed ---
-
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "attention")
-
-
-# Bytes per element of [B, T, D] of a seed's block compiled for a GPU, forward and backward, read from the code that Inductor
-# generates: the first norm 4 + 10, the gated residual and its norm 8 + 18, the last gated residual 6 + 6, GELU and convolution
-# between transposes 13 + 26 for each of 4 hidden elements, and a pass for every Linear's bias gradient, 18.
-COMPILED_BYTES_ON_A_GPU = 14 + 26 + 12 + 4 * 39 + 18
-
-
-class Count(TorchDispatchMode):
-    """Ops that reach a device, and the bytes that those which are no matrix product and no attention read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops = self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given, made = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
-        if func.is_view or any(word in func.__name__ for word in ("empty", "detach", "_unsafe_view", "reshape_alias")):
-            return out
-        self.ops += 1
-        if not func.__name__.startswith(PRODUCTS):
-            self.bytes += sum(min(t.numel(), t.untyped_storage().nbytes() // t.itemsize) * t.itemsize for t in (*given, *made))
-        return out
-
-
-def compiled_bytes(block: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
-    """What Inductor counts that its own loops and the convolutions read and write in a forward and a backward."""
-    monitor = inductor_metrics_log  # it counts where this one speaks
-    level = monitor.level
-    metrics.reset()
-    monitor.setLevel(logging.INFO)
-    try:
-        with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
-            outputs = torch.compile(block)(*inputs)
-            torch.autograd.backward(outputs, torch.ones_like(outputs))
-    finally:
-        monitor.setLevel(level)
-    ours = [(node, 4 * words) for node, words in metrics.nodes_num_elem]
-    return sum(size for node, size in ours if not node.is_extern() or "convolution" in str(node.node.python_kernel_name))
-
-
-def test_block_ops(baselines, device, monkeypatch):
-    """One B/2 block, forward and backward, on the meta device: ours on its kernels against the seed's, both in bf16 throughout.
-
-    Autocast's casts, which the seed's way adds, are not counted, nor is anything inside an op, nor products and attention.
-    The seed's block is also compiled for the device at hand, with a batch of two: the bytes are Inductor's own count.
-    """
-    from fastdit_kernels.triton_ops import TRITON
-
-    B, D, H = 32, 768, 12
-    with torch.device(device):
-        x, c = (torch.randn(2, *shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((256, D), (D,)))
-        compiled = compiled_bytes(baselines.PlainBlock(D, H, (16, 16), conv=True).bfloat16(), (x, c)) / x.numel()
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", heads_first)
-    with torch.device("meta"):
-        x, y = (torch.empty(B, 256, D, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-        modulation = torch.empty(B, 6, D, dtype=torch.bfloat16, requires_grad=True)
-        c = torch.empty(B, D, dtype=torch.bfloat16, requires_grad=True)
-        ours = Block(model_config("fastdit", "B"), TRITON._replace(attention=flash_attention), recompute=False).bfloat16()
-        seed = baselines.PlainBlock(D, H, (16, 16), conv=True).bfloat16()
-    counts = {}
-    for name, block, inputs in (("fastdit", ours, (x, y, modulation)), (SEED, seed, (x, c))):
-        with Count() as count:
-            outputs = tree_leaves(block(*inputs))
-            torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
-        counts[name] = count
-        print(f"\n{name}: {count.ops} ops, {count.bytes / (B * 256 * D):.0f} bytes per element of the stream", end="")
-    print(f"\n{SEED}{COMPILED}: {compiled:.0f} bytes on this {device.type}, {COMPILED_BYTES_ON_A_GPU} on a GPU", end="")
-    assert counts["fastdit"].bytes < counts[SEED].bytes / 2
-    assert counts["fastdit"].bytes < min(compiled, COMPILED_BYTES_ON_A_GPU) / 2 * B * 256 * D
-
-
-def heads_first(q, k, v):
-    """Attention on [B, H, T, K] that keeps what any fused one does; PyTorch takes its unfused path on the meta device."""
-    B, H, T, K = q.shape
-    return flash_attention(tuple(t.transpose(1, 2) for t in (q, k, v))).view(B, T, H, K).transpose(1, 2)

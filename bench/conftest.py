@@ -5,63 +5,39 @@ bandwidth stands beside the copy, and every rate of arithmetic beside the matrix
 """
 
 import importlib.util
-import json
-import re
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import triton
 from torch.profiler import ProfilerActivity, profile
 
 from fastdit import parallel
 from fastdit.config import ParallelConfig
-from fastdit.gauges import DTYPES, Energy, has_bf16, precision
+from fastdit.gauges import DTYPES, Energy, precision
 from fastdit.parallel import World
 from fastdit.profiler import kinds, own_times
 
-RESULTS = Path(__file__).parent / "results"
+
+def _module(name: str) -> ModuleType:
+    """A module of this folder, which is no package: its files cannot import each other."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
 
 
-class Row(NamedTuple):
-    """One measurement. `bytes` and `flops` are what the variant moves and computes by construction, None where not stated."""
-
-    bench: str  # the file it came from
-    op: str
-    baseline: str  # which implementation this is: "fastdit", "eager", "torch.compile" …
-    shape: str
-    microseconds: float
-    rounds: int
-    bytes: int | None = None
-    gb_per_s: float | None = None
-    percent_of_copy: float | None = None
-    flops: int | None = None
-    tflop_per_s: float | None = None
-    percent_of_matmul: float | None = None
-    extra: dict[str, float] | None = None  # what else was measured or follows, by name with its unit
-
-
-class Ceilings(NamedTuple):
-    copy: float  # bytes/s, read and written
-    matmul: float  # FLOP/s
-
-
-@dataclass
-class Session:
-    """What the summary prints: pytest hands fixtures and hooks no object in common."""
-
-    rows: list[Row] = field(default_factory=list)
-    ceilings: Ceilings | None = None
-
-
-STASH = Session()
+summary = _module("summary")
+Row, Ceilings = summary.Row, summary.Ceilings
+STASH = summary.Session()  # pytest hands fixtures and hooks no object in common
 
 
 @pytest.fixture(scope="session")
@@ -96,13 +72,14 @@ def gpu(device: torch.device) -> torch.device:
 
 @pytest.fixture(scope="session")
 def baselines() -> ModuleType:
-    """The module bench/baselines.py. A fixture, since files of bench/ are no package and cannot import each other."""
-    spec = importlib.util.spec_from_file_location("baselines", Path(__file__).with_name("baselines.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """bench/baselines.py: what others run."""
+    return _module("baselines")
+
+
+@pytest.fixture(scope="session")
+def counting() -> ModuleType:
+    """bench/counting.py: ops and bytes of a call."""
+    return _module("counting")
 
 
 @pytest.fixture(scope="session")
@@ -267,6 +244,32 @@ def where_it_goes(request: pytest.FixtureRequest, device: torch.device) -> Calla
     return where_it_goes
 
 
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """tally(count, of=, baseline=, shape=): add a row of what was counted; with `each`, one for each op that memory binds too.
+
+    elements: of the stream, to say bytes per element.
+    """
+
+    def tally(count: Any, *, of: str, baseline: str, shape: str, elements: int = 0, each: bool = False) -> None:
+        def row(op: str, calls: int, moved: int, **more: float) -> None:
+            more = ({"B per element": moved / elements} if elements else {}) | more
+            STASH.rows.append(Row(request.path.stem, op, baseline, shape, None, 1, moved, extra={"calls": calls, **more}))
+
+        calls = sum(calls for calls, _ in count.memory.values())
+        row(f"of {of}: all that memory binds", calls, count.bytes, ops=count.ops, **{"host reads": count.host_reads})
+        small = [0, 0]
+        for name, (times, moved) in sorted(count.memory.items(), key=lambda item: -item[1][1]) if each else ():
+            if moved >= count.bytes / 200:
+                row(f"of {of}: {name}", times, moved)
+            else:
+                small = [small[0] + times, small[1] + moved]
+        if small[0]:
+            row(f"of {of}: what is under 0.5 % each", *small)
+
+    return tally
+
+
 def _power_and_memory(call: Callable[[], object], device: torch.device, images: int) -> dict[str, float]:
     """GiB at a call's peak, and watts and J/img over two seconds of calls: NVML's counter moves tens of times a second."""
     torch.cuda.synchronize(device)
@@ -286,60 +289,11 @@ def _power_and_memory(call: Callable[[], object], device: torch.device, images: 
     return found
 
 
-def _commit() -> str:
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    return commit + (" with changes" if changed else "")
-
-
-def _form(number: float | None, form: str) -> str:
-    return "-" if number is None else format(number, form)
-
-
-def _processor() -> str:
-    """The CPU by name, the instructions and the threads PyTorch uses of it."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    instructions = torch.backends.cpu.get_cpu_capability()
-    return f"CPU, {names[0] if names else 'unknown'}, {instructions}, {torch.get_num_threads()} threads"
-
-
 def pytest_terminal_summary(terminalreporter) -> None:
-    if not STASH.rows or STASH.ceilings is None:
-        return
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     write = terminalreporter.write_line
-    copy, matmul = STASH.ceilings.copy / 1e9, STASH.ceilings.matmul / 1e12
-    write(f"\n{name}: copy {copy:.0f} GB/s, matrix product {matmul:.3g} TFLOP/s, measured in this run")
-    write(
-        f"{'op':36} {'implementation':28} {'shape':32} {'µs':>10} {'MB':>9} {'GB/s':>7} {'% copy':>6} {'TFLOP/s':>7}"
-        " % of matrix product"
-    )
-    for r in STASH.rows:
-        bandwidth = (
-            f"{_form(r.bytes and r.bytes / 1e6, '.1f'):>9} {_form(r.gb_per_s, '.4g'):>7} {_form(r.percent_of_copy, '.0f'):>6}"
-        )
-        arithmetic = f"{_form(r.tflop_per_s, '.3g'):>7} {_form(r.percent_of_matmul, '.0f')}"
-        more = "  ".join(f"{value:.4g} {name}" for name, value in (r.extra or {}).items())
-        write(f"{r.op:36} {r.baseline:28} {r.shape:32} {r.microseconds:10.1f} {bandwidth} {arithmetic}  {more}".rstrip())
-    RESULTS.mkdir(exist_ok=True)
-    fp32 = "" if torch.cuda.is_available() or has_bf16(torch.device("cpu")) else " fp32"  # of another kind: a file of its own
-    slug = re.sub(r"[^a-z0-9]+", "-", (name + fp32).lower()).strip("-")
-    about = {
-        "device": name if torch.cuda.is_available() else _processor(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-    }
-    about |= {"commit": _commit(), "copy_gb_per_s": copy, "matmul_tflop_per_s": matmul}
-    for bench in {r.bench for r in STASH.rows}:
-        path = RESULTS / f"{bench}-{slug}.json"
-        path.write_text(json.dumps({**about, "rows": [r._asdict() for r in STASH.rows if r.bench == bench]}, indent=1) + "\n")
-        write(f"wrote {path}")
+    for line in summary.skipped(terminalreporter.stats.get("skipped", [])):
+        write(line)
+    if STASH.rows:
+        summary.show(STASH, write)
+        for path in summary.save(STASH):
+            write(f"wrote {path}")
