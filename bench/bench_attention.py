@@ -1,4 +1,7 @@
-"""Attention by each backend on the layout the qkv projection writes, beside the usual transposes. Forward and backward."""
+"""Attention by each backend on the layout the qkv projection writes, beside the usual transposes, eager and compiled.
+
+Forward and backward together.
+"""
 
 import importlib.util
 
@@ -27,6 +30,8 @@ def test_attention(side_by_side, device, dtype, numbers, T, H, K):
     auto = choose_attention("auto", device, dtype, K, T)
     chosen = next((n for n, f in functions.items() if f == auto), "flash")  # a partial equals no other
     functions = {f"fastdit: {chosen}": functions.pop(chosen), **functions, "usual layout": usual}
+    if gpu or (T, K) == (256, 64):  # a CPU takes ten seconds to compile it
+        functions["usual layout, torch.compile"] = torch.compile(usual, dynamic=False)
     qkv = torch.randn(B, T, 3, H, K, device=device, dtype=dtype, requires_grad=True)
     dout = torch.randn(B, T, H * K, device=device, dtype=dtype)
     shape = f"B={B} T={T} H={H} K={K} {numbers}"

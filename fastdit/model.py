@@ -6,6 +6,7 @@ Every op a kernel can replace comes in through `Ops`; the module tree and its pa
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from fastdit_kernels import Ops
@@ -252,11 +253,16 @@ def timestep_embedding(t: Tensor, size: int, endpoint: bool = False) -> Tensor:
 
     endpoint: whether 1/10,000 is the last frequency, as in diffusers' DiT, or would be the next, as in the paper's code.
     """
-    half = size // 2
     t = t if t.dtype == torch.float64 else t.float()
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=t.dtype, device=t.device) / (half - endpoint))
-    angles = t[:, None] * frequencies
+    angles = t[:, None] * frequencies(size // 2, endpoint, t.dtype, t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # whoever asks first
+def frequencies(count: int, endpoint: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The frequencies of `timestep_embedding`, [count]: a table made once, which no step computes again."""
+    return torch.exp(-math.log(10_000) * torch.arange(count, dtype=dtype, device=device) / (count - endpoint))
 
 
 def position_embedding(rows: int, columns: int, width: int) -> Tensor:
