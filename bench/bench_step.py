@@ -14,7 +14,7 @@ from fastdit import train
 from fastdit.config import RECIPES, SIZES, dit, replace
 from fastdit.diffusion import Objective, schedule
 from fastdit.gauges import peak_tflops
-from fastdit.model import train_flops_per_image
+from fastdit.model import on_kernels, train_flops_per_image
 from fastdit.optim import Optimizer
 
 pytestmark = [
@@ -51,7 +51,8 @@ def training(name: str, size: str, batch: int, world, baselines, dtype: torch.dt
     config = replace(CONFIG, model=vars(model_config(name, size, depth)), train={"batch": batch}, parallel={"compile": compile})
     config = dataclasses.replace(config, **options)
     model = train.build(config, world)
-    optimizer, objective = Optimizer(model, config.train, batch), Objective(config.diffusion, device=world.device)
+    optimizer = Optimizer(model, config.train, batch, kernel=on_kernels(config, world.device))
+    objective = Objective(config.diffusion, device=world.device)
     seen = [0]
 
     def step() -> None:

@@ -21,13 +21,15 @@ VIEWS = re.compile("<|view|reshape|permute|split|squeeze|unsqueeze|expand|slice|
 
 # Bound by arithmetic.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "_flash", "_fwd", "_bwd")
+OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_")
 NOTHING = ("empty", "new_empty", "detach", "_unsafe_view", "_reshape_alias")  # neither read nor write
 
 
 class Count(TorchDispatchMode):
     """Within, every op that reaches a device is counted. `memory` holds those that memory binds: (calls, bytes) by name.
 
-    An op reads each tensor it is given once and writes each it makes once; an expanded one counts as what is stored of it.
+    An op reads each tensor it is given once, unless only to write it, and writes each it makes or changes once; an expanded one
+    counts as what is stored of it.
     `host_reads` are those for which the host waits for the device.
     """
 
@@ -58,12 +60,28 @@ class Count(TorchDispatchMode):
         self.ops += 1
         self.host_reads += name == "_local_scalar_dense"
         if not product:
-            self.add(name, sum(stored(t) for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)))
+            self.add(name, moved(func._schema, name, args, kwargs, out))
         return out
 
 
-def stored(tensor: Tensor) -> int:
-    return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
+def moved(schema: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
+    """Bytes that one call of an op of this schema reads and writes."""
+    given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+    found = 0
+    for argument in schema.arguments:
+        size = stored(given.get(argument.name))
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if argument.name == "grads" and name.startswith("_fused") and given.get("grad_scale") is None:
+            written = False  # PyTorch's fused optimizers write gradients back only to scale them
+        found += size * (written + (not (written and (argument.is_out or name.startswith(OVERWRITES)))))
+    made = out if isinstance(out, tuple) and len(schema.returns) > 1 else (out,)
+    return found + sum(stored(t) for t, r in zip(made, schema.returns, strict=False) if r.alias_info is None)
+
+
+def stored(value: Any) -> int:
+    """Bytes behind the tensors of a value."""
+    tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    return sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in tensors)
 
 
 def pretend(func: Any, args: Any, kwargs: Any) -> Any:

@@ -85,8 +85,9 @@ def parts(config: Config, cluster: Cluster) -> list[Part]:
     # Shards cast into the send buffer and out of the receive buffer, once or twice; gradients cast to fp32 for the reduction.
     gathers = 2 if p.reshard_after_forward else 1
     cost["sharding's copies"] = (0.0, gathers * ((4 + item) * s.shard + 2 * item * s.whole) + (item + 4) * s.whole)
-    # The norm reads gradients; AdamW reads parameter, gradient and moments and writes three; the average reads two, writes one.
-    cost["optimizer and EMA"] = (0.0, (4 + 28 + 12) * s.trained)
+    # The norm reads gradients. Our kernel reads parameter, gradient, moments and average and writes all but the gradient;
+    # PyTorch's AdamW reads four and writes four, the scaled gradient too, and its average reads two and writes one.
+    cost["optimizer and EMA"] = (0.0, (4 + (32 + 12 if config.kernels == "reference" else 36)) * s.trained)
     gpu = cluster.gpu
     rate = gpu.flops if precision(p.precision) == "bf16" else gpu.flops / 2  # TF32 runs at half the rate of bf16
     return [Part(name, f, b, f / rate, b / (gpu.memory_gb_per_s * 1e9)) for name, (f, b) in cost.items()]

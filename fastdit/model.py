@@ -214,11 +214,16 @@ def choose_ops(config: Config, device: torch.device) -> Ops:
         raise UserError(str(error)) from None
     if config.kernels == "reference":
         return REFERENCE._replace(attention=attention)
-    if config.kernels == "auto" and device.type == "cpu":
+    if not on_kernels(config, device):
         return CPU._replace(attention=attention)
     from fastdit_kernels.triton_ops import TRITON  # here: it imports triton, which only Linux has
 
     return TRITON._replace(attention=attention)
+
+
+def on_kernels(config: Config, device: torch.device) -> bool:
+    """Whether --kernels means the Triton kernels on this device."""
+    return config.kernels == "triton" or (config.kernels == "auto" and device.type == "cuda")
 
 
 def residual_dtype(config: Config) -> torch.dtype | None:

@@ -64,8 +64,10 @@ class ShardAdamW(torch.optim.AdamW):
         self.grad_scale = torch.ones((), device=device)
         self.found_inf = torch.zeros((), device=device)
         self.skips = torch.zeros(2, device=device)
-        for p in self.named.values():
-            self.state[p]["step"] = torch.zeros((), device=device)
+        self.steps = torch.zeros(len(self.named), device=device)
+        self.decays = torch.tensor([config.weight_decay * decays(model, name) for name in self.named], device=device)
+        for p, step in zip(self.named.values(), self.steps, strict=True):
+            self.state[p]["step"] = step
             self.state[p]["exp_avg"] = torch.zeros_like(p, requires_grad=False)
             self.state[p]["exp_avg_sq"] = torch.zeros_like(p, requires_grad=False)
 
@@ -205,10 +207,14 @@ class EMA:
         # clone keeps a DTensor's global shape; DTensor.from_local would guess it, wrongly where shards are uneven.
         self.tensors = {name: p.detach().to(torch.float32, copy=True) for name, p in self.params.items()}
 
+    def weight(self, step: int) -> float:
+        """How far the average moves towards the weights after optimizer step number `step`."""
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
     def update(self, step: int, found_inf: Tensor | None = None) -> None:
         """Average the weights after optimizer step number `step` (0, 1, …) in; change nothing where found_inf is 1."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        weight = self.weight(step)
         pairs = [(local(e), local(self.params[name])) for name, e in self.tensors.items()]
         averages = [e for e, p in pairs if e.numel()]
         weights = [p.float() for e, p in pairs if e.numel()]
@@ -268,12 +274,20 @@ class EMA:
 
 
 class Optimizer:
-    """What follows a backward: the learning rate, the guard, AdamW and the averaged weights. For a model already sharded."""
+    """What follows a backward: the learning rate, the guard, AdamW and the averaged weights. For a model already sharded.
 
-    def __init__(self, model: nn.Module, config: TrainConfig, global_batch: int):
+    kernel: whether AdamW and the average are one pass of our Triton kernel, 36 bytes a parameter, or PyTorch's fused two, 44.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, global_batch: int, kernel: bool = False):
         self.config, self.global_batch = config, global_batch
         self.adamw, self.ema = ShardAdamW(model, config), EMA(model, config.ema)
         self.spikes = Spikes(config.spike_sigma, self.adamw.skips.device) if config.spike_sigma else None
+        self.adamw_ema = None
+        if kernel:
+            from fastdit_kernels.adamw_ema import adamw_ema  # here: it imports triton, which only Linux has
+
+            self.adamw_ema = adamw_ema
 
     def step(self, images_seen: int, loss: Tensor | None = None) -> Tensor:
         """The step on the global batch that follows `images_seen`; clears the gradients. Returns their norm, on the device.
@@ -283,10 +297,37 @@ class Optimizer:
         set_lr(self.adamw, lr_at(images_seen + self.global_batch, self.config))
         spike = self.spikes.find(loss) if self.spikes and loss is not None else None
         norm = clip_and_check(self.adamw, self.config.grad_clip, spike)
-        self.adamw.step()
-        self.ema.update(images_seen // self.global_batch, self.adamw.found_inf)
+        step = images_seen // self.global_batch
+        if self.adamw_ema is None:
+            self.adamw.step()
+            self.ema.update(step, self.adamw.found_inf)
+        else:
+            self._one_pass(step)
         self.adamw.zero_grad()
         return norm
+
+    @torch.no_grad()
+    def _one_pass(self, step: int) -> None:
+        """AdamW's step and the average of what it makes, by one launch over all local shards."""
+        assert self.adamw_ema is not None
+        adamw, named = self.adamw, self.adamw.named
+        adamw.steps.add_(1).sub_(adamw.found_inf)
+        self.adamw_ema(
+            [local(p) for p in named.values()],
+            [local(p.grad) for p in named.values() if p.grad is not None],  # all have one
+            [local(adamw.state[p]["exp_avg"]) for p in named.values()],
+            [local(adamw.state[p]["exp_avg_sq"]) for p in named.values()],
+            [local(self.ema.tensors[name]) for name in named],
+            adamw.decays,
+            adamw.steps,
+            adamw.grad_scale,
+            adamw.found_inf,
+            lr=adamw.param_groups[0]["lr"],  # of both groups
+            beta1=BETA1,
+            beta2=self.config.beta2,
+            eps=EPS,
+            weight=self.ema.weight(step),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a step changes, by name, sharing memory with the live tensors: what a checkpoint saves and loads in place.

@@ -24,7 +24,7 @@ from fastdit.config import Config, RankError, UserError
 from fastdit.diffusion import Objective
 from fastdit.gauges import has_bf16, peak_tflops, precision
 from fastdit.meter import Meter, summary
-from fastdit.model import DiT, choose_ops, residual_dtype, train_flops_per_image
+from fastdit.model import DiT, choose_ops, on_kernels, residual_dtype, train_flops_per_image
 from fastdit.optim import Optimizer, lr_at
 from fastdit.parallel import World
 from fastdit.profiler import Profiler
@@ -107,7 +107,7 @@ def train(config: Config) -> int:
     pack = parallel.every(world, lambda: latents.open_pack(config, world))
     stop = parallel.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
     model = build(config, world)
-    optimizer = Optimizer(model, config.train, batch)
+    optimizer = Optimizer(model, config.train, batch, kernel=on_kernels(config, world.device))
     m = config.model
     objective = Objective(
         config.diffusion,

@@ -123,3 +123,17 @@ def test_memory_binds_the_3x3_convolution(rows):
     for row in rows:
         if row["op"].startswith("gelu_dwconv K=3 "):
             assert row["bound_by"] == "bytes", (row["op"], row["width"], row["device"], row["bound_us"])
+
+
+def test_adamw_ema_moves_128_bits_at_a_time_and_memory_binds_it(rows):
+    found = [row for row in rows if row["op"] == "adamw_ema"]
+    assert {(row["width"], row["arch"]) for row in found} == {
+        (D, a) for D in (768, 1024, 1152, 1536) for a in ("sm_80", "sm_90")
+    }
+    for row in found:
+        (kernel,) = row["kernels"]
+        assert kernel["loads"] == {"128": 10, "64": 6, "32": 6}  # five tensors; the table; which tensor and block, and scalars
+        assert kernel["stores"] == {"128": 8}
+        assert kernel["registers"] <= 64
+        assert row["bytes_per_element"] <= 1.001 * 36
+        assert row["bound_us"]["issue"] < row["bound_us"]["bytes"] / 2

@@ -89,6 +89,7 @@ def test_what_is_tested_exists():
     whole = {
         "layout",  # the house itself
         "aot",  # every kernel, compiled ahead of time
+        "block",  # one block of model.py
         "step",  # the whole training step
         "main_job",  # the verbs together
         "reliability",  # whatever may happen to a run

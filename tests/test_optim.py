@@ -55,10 +55,10 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def train(sharded: bool, steps: int, max_norm: float, poison: dict[int, int] | None = None):
+def train(sharded: bool, steps: int, max_norm: float, poison: dict[int, int] | None = None, kernel: bool = False):
     """Tensors and norms after some steps; poison[step] is the rank whose gradient then gets a NaN or an infinity."""
     net = build(sharded)
-    optimizer = Optimizer(net, dataclasses.replace(CONFIG, grad_clip=max_norm), BATCH)
+    optimizer = Optimizer(net, dataclasses.replace(CONFIG, grad_clip=max_norm), BATCH, kernel=kernel)
     norms, unchanged = [], []
     for step in range(steps):
         (net(torch.tensor([0, 1, 2, 1])) - step).square().mean().mul(10).backward()
@@ -105,9 +105,10 @@ def restated(steps: int, max_norm: float) -> tuple[dict[str, torch.Tensor], list
     return found, norms
 
 
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("max_norm", [0.0, 1.0])
-def test_steps_equal_the_restatement(max_norm):
-    found, norms, _ = train(False, 6, max_norm)
+def test_steps_equal_the_restatement(max_norm, kernel):
+    found, norms, _ = train(False, 6, max_norm, kernel=kernel)
     expected, expected_norms = restated(6, max_norm)
     assert set(found) == {"skips"} | set(expected) | {n.replace("model.", "step.") for n in expected if n.startswith("model.")}
     torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected_norms), rtol=1e-5, atol=0)
@@ -117,12 +118,13 @@ def test_steps_equal_the_restatement(max_norm):
     assert found["skips"].tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_shards_equal_a_single_process(run_ranks, world):
-    """Every rank's gradient is the same, so their mean is exact; the fused kernel rounds differently in the tail of a shard."""
+def test_shards_equal_a_single_process(run_ranks, world, kernel):
+    """Every rank's gradient is the same, so their mean is exact; PyTorch's op rounds differently in the tail of a shard."""
     for max_norm in (0.0, 0.5):
         expected, norms, _ = train(False, 5, max_norm)
-        for found, found_norms, _ in run_ranks(world, train, True, 5, max_norm):
+        for found, found_norms, _ in run_ranks(world, train, True, 5, max_norm, None, kernel):
             torch.testing.assert_close(torch.tensor(found_norms), torch.tensor(norms), rtol=1e-6, atol=0)
             for name, t in expected.items():
                 torch.testing.assert_close(found[name], t, rtol=2e-6, atol=1e-7, msg=name)
@@ -153,9 +155,11 @@ def test_sharded_ema_equals_a_single_process_to_the_bit(run_ranks, world):
             torch.testing.assert_close(found[n].double(), e, rtol=1e-6, atol=1e-7, msg=n)
 
 
-def test_a_non_finite_gradient_changes_nothing_on_any_rank(run_ranks):
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_non_finite_gradient_changes_nothing_on_any_rank(run_ranks, kernel):
     """A NaN on rank 1, then an infinity on rank 0: both keep parameters, moments, counts and EMA to the bit, and go on."""
-    for tensors, norms, unchanged in [train(False, 6, 1.0, {2: 0, 3: 0}), *run_ranks(2, train, True, 6, 1.0, {2: 1, 3: 0})]:
+    single = train(False, 6, 1.0, {2: 0, 3: 0}, kernel)
+    for tensors, norms, unchanged in [single, *run_ranks(2, train, True, 6, 1.0, {2: 1, 3: 0}, kernel)]:
         assert unchanged == [False, False, True, True, False, False]
         assert [math.isfinite(n) for n in norms] == [True, True, False, False, True, True]
         assert tensors["skips"].tolist() == [2, 0]
@@ -251,11 +255,12 @@ def test_names_are_plain_under_compile():
     assert set(ShardAdamW(net, CONFIG).named) == plain
 
 
-def test_state_exists_before_the_first_step_and_reading_it_changes_nothing():
+@pytest.mark.parametrize("kernel", [False, True])
+def test_state_exists_before_the_first_step_and_reading_it_changes_nothing(kernel):
     """Reading and writing what a checkpoint holds, before and between steps, leaves the trajectory as it is."""
-    expected, _, _ = train(False, 3, 1.0)
+    expected, _, _ = train(False, 3, 1.0, kernel=kernel)
     net = build(False)
-    optimizer = Optimizer(net, CONFIG, BATCH)
+    optimizer = Optimizer(net, CONFIG, BATCH, kernel=kernel)
     assert all(float(s["step"]) == 0 and not s["exp_avg"].any() for s in optimizer.adamw.state.values())
     for step in range(3):
         copies = {n: t.clone() for n, t in optimizer.tensors().items()}

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdit_kernels import gate_residual_ln_modulate, gelu_dwconv, ln_modulate, sass
+from fastdit_kernels import adamw_ema, gate_residual_ln_modulate, gelu_dwconv, ln_modulate, sass
 from fastdit_kernels.launch import Launch
 from fastdit_kernels.partials import UNROLL, sum_kernel
 
@@ -105,10 +105,11 @@ def source(launch: Recorded) -> ASTSource:
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
             aligned = value % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name], aligned = "fp32", False
         else:
-            raise TypeError(
-                f"{launch.kernel.__name__}: argument {parameter.name} = {value!r}; only integers and tensors may vary"
-            )
+            name = f"{launch.kernel.__name__}: argument {parameter.name}"
+            raise TypeError(f"{name} = {value!r}; only numbers and tensors may vary")
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
@@ -216,6 +217,23 @@ def gelu_dwconv_cases(B: int, side: int, F: int, K: int) -> list[Case]:
     ]  # fmt: skip
 
 
+def adamw_ema_cases(D: int) -> list[Case]:
+    """Tensors of a block's shapes: its four matrices' worth of numbers, and biases."""
+    shapes = ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D), (3 * D,), (D,), (4 * D,), (D,))
+    tensors = [meta(*shape, dtype=torch.float32) for shape in shapes]
+    numbers, number = meta(len(shapes), dtype=torch.float32), meta(dtype=torch.float32)
+    sizes = [t.numel() for t in tensors]
+    return [
+        Case(
+            "adamw_ema", D, sum(sizes), 36, adamw_ema.traffic(sizes),
+            lambda launch: adamw_ema.update(
+                *(tensors,) * 5, numbers, numbers, number, number, 1e-4, 0.9, 0.999, 1e-8, 1e-4, launch
+            ),
+            {},
+        )
+    ]  # fmt: skip
+
+
 def cases() -> list[Case]:
     """What the table shows and the tests hold to the bar: every op, forward and backward, at every width."""
     adaln = [
@@ -225,7 +243,8 @@ def cases() -> list[Case]:
         for case in of_op(SAMPLES, TOKENS, D)
     ]
     side = math.isqrt(TOKENS)
-    return adaln + [case for F, K in HIDDEN for case in gelu_dwconv_cases(SAMPLES, side, F, K)]
+    convolution = [case for F, K in HIDDEN for case in gelu_dwconv_cases(SAMPLES, side, F, K)]
+    return adaln + convolution + [case for D in WIDTHS for case in adamw_ema_cases(D)]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -4,6 +4,9 @@ Arithmetic is fp32 (fp64 for fp64 inputs) and each result is cast once, at the e
 B samples, T = H·W tokens, D width, F hidden width of the MLP.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,6 +63,41 @@ def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, heig
         w = F.pad(w, (1, 0, 1, 0))
     z = F.conv2d(a, w, wide(conv_bias), padding=K // 2, groups=F_)
     return z.permute(0, 2, 3, 1).reshape(B, T, F_).to(h.dtype)
+
+
+def adamw_ema(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    decays: Tensor,
+    steps: Tensor,
+    grad_scale: Tensor,
+    found_inf: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight: float,
+) -> None:
+    """One step of AdamW (arXiv 1711.05101, algorithm 2), and of an exponential average of what it makes, on N tensors in place.
+
+    params, grads, exp_avgs, exp_avg_sqs and averages: N tensors each, of one shape down the lists. decays [N]: each one's
+    weight decay; steps [N]: its steps, this one counted. grad_scale []: gradients are divided by it, and stay as they are.
+    found_inf []: where it is not 0, nothing changes. weight: how far the averages move towards the new parameters.
+    """
+    if found_inf:  # waits for the device; the kernel does not
+        return
+    tensors = zip(params, grads, exp_avgs, exp_avg_sqs, averages, decays, steps, strict=True)
+    for p, grad, exp_avg, exp_avg_sq, average, decay, step in tensors:
+        g = grad / grad_scale
+        exp_avg.lerp_(g, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        correction1, correction2 = (-torch.expm1(step * math.log(beta)) for beta in (beta1, beta2))
+        p.sub_(lr * (decay * p + exp_avg / correction1 / ((exp_avg_sq / correction2).sqrt() + eps)))
+        average.lerp_(p, weight)
 
 
 REFERENCE = Ops(ln_modulate, gate_residual_ln_modulate, gelu_dwconv, attention)
