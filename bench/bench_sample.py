@@ -20,11 +20,13 @@ pytestmark = [
 SEED, COMPILED = "the seed's way", ", torch.compile"
 
 
-def ours(config, batch: int, steps: int, world, dtype: torch.dtype):
+def ours(config, batch: int, steps: int, world, dtype: torch.dtype, compiled: bool = False):
     config = replace(config, sample={"steps": steps})
     model = DiT(config.model, choose_ops(config, world.device))
     model.init_weights(0)
     model = model.to(world.device, dtype).eval().requires_grad_(False)
+    if compiled:
+        pictures.compiled(model, world.device)
     return lambda: pictures.make(model, config, None, world, first=0, count=batch, seed=0)
 
 
@@ -55,19 +57,20 @@ def test_sampling(side_by_side, device, world, baselines, dtype, numbers, slow, 
     batch = 4 if slow and batch == 64 else batch
     config = RECIPES["cats-256"]
     gpu = device.type == "cuda"
-    steps = 20 if gpu else 5 if batch == 1 else 2  # a CPU takes seconds for each
+    steps = 20 if gpu else (3 if slow else 5) if batch == 1 else (1 if slow else 2)  # a CPU takes seconds for each
     flops = 2 * batch * steps * sum(macs_per_image(config.model).values())
     side_by_side(
         {
             "fastdit": ours(config, batch, steps, world, dtype),
+            "fastdit" + COMPILED: ours(config, batch, steps, world, dtype, compiled=True),
             SEED: seeds_way(baselines, batch, steps, device, dtype),
             SEED + COMPILED: seeds_way(baselines, batch, steps, device, dtype, compiled=True),
         },
-        op=f"sampling, {steps} dpm++ steps",
+        op=f"sampling, {steps} dpm++ step{'s'[: steps - 1]}",
         shape=f"B/2, batch {batch}, 32×32×4 {numbers}",
-        rounds=20 if gpu else 2 if batch > 1 else 3,
+        rounds=20 if gpu else 2 if batch > 1 or slow else 3,
         warmup=3 if gpu else 1,
-        flops={"fastdit": flops, SEED: 2 * flops, SEED + COMPILED: 2 * flops},
+        flops={"fastdit": flops, "fastdit" + COMPILED: flops, SEED: 2 * flops, SEED + COMPILED: 2 * flops},
         images=batch,
         extra=lambda _, s: {"ms per step": 1000 * s / steps},
     )

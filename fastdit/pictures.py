@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torchvision.utils import make_grid
 
 from fastdit import config as configs
@@ -46,6 +47,19 @@ def load(weights: Path, config: Config, world: World) -> DiT:
         model = DiT(config.model, choose_ops(config, world.device), residual=residual_dtype(config))
     model.assign(load_weights(weights)[0], str(weights), dtype, world.device)
     return model.eval().requires_grad_(False)
+
+
+def compiled(model: DiT, device: torch.device) -> DiT:
+    """The model, compiled in place for batches of one size: by a GPU's graphs as a whole, by a CPU block by block.
+
+    A GPU then launches one graph a step, where a small batch would wait for each kernel's launch. The first step takes long.
+    """
+    if device.type == "cuda":
+        model.compile(mode="reduce-overhead", fullgraph=True, dynamic=False)
+    else:
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    return model
 
 
 def home(weights: Path) -> Path:
@@ -100,7 +114,6 @@ def modulations(model: DiT, times: list[float], y: Tensor | None, count: int, de
             yield of_step.index_select(0, which)
 
 
-@torch.no_grad()
 def make(
     model: DiT,
     config: Config,
@@ -114,32 +127,40 @@ def make(
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Pictures first … first + count - 1, uint8 [count, 3, rows, columns] on the CPU, in config.sample.steps forwards."""
-    m = config.model
-    y = labels(config, first, count, label)
-    guided = config.sample.guidance != 1 and y is not None
-    evaluated = torch.cat([y, torch.full_like(y, m.num_classes)]) if guided and y is not None else y
-    times = diffusion.sampling_times(config.diffusion, config.sample.steps)
-    vectors = modulations(model, times, evaluated, count * (1 + guided), world.device)
-    x0 = diffusion.sample(
-        lambda x, t, y: model(x, t, y, modulation=next(vectors)[: len(x)]),  # the labelled half where a step is not guided
-        config.diffusion,
-        (count, m.channels, *m.input_size),
-        None if y is None else y.to(world.device),
-        sampler=config.sample.sampler,
-        steps=config.sample.steps,
-        guidance=config.sample.guidance,
-        guidance_low=config.sample.guidance_low,
-        guidance_high=config.sample.guidance_high,
-        seed=seed,
-        first=first,
-        device=world.device,
-        null_class=m.num_classes if m.class_dropout else None,
-        learn_sigma=m.learn_sigma,
-        on_step=None if on_step is None else lambda step, _: on_step(step),
-    )
-    if vae is not None:
-        x0 = vae.decode(x0)
-    return to_uint8(x0)
+    # What FSDP gathers it keeps for training, which cannot use what was made in inference mode.
+    with torch.no_grad() if isinstance(model, FSDPModule) else torch.inference_mode():
+        m = config.model
+        y = labels(config, first, count, label)
+        guided = config.sample.guidance != 1 and y is not None
+        evaluated = torch.cat([y, torch.full_like(y, m.num_classes)]) if guided and y is not None else y
+        times = diffusion.sampling_times(config.diffusion, config.sample.steps)
+        vectors = modulations(model, times, evaluated, count * (1 + guided), world.device)
+
+        def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+            out: Tensor = model(x, t, y, modulation=next(vectors)[: len(x)])  # the labelled half where a step is not guided
+            return out.clone()  # a graph's output lasts until its next run, a solver's history longer
+
+        x0 = diffusion.sample(
+            network,
+            config.diffusion,
+            (count, m.channels, *m.input_size),
+            None if y is None else y.to(world.device),
+            sampler=config.sample.sampler,
+            steps=config.sample.steps,
+            guidance=config.sample.guidance,
+            guidance_low=config.sample.guidance_low,
+            guidance_high=config.sample.guidance_high,
+            seed=seed,
+            first=first,
+            device=world.device,
+            null_class=m.num_classes if m.class_dropout else None,
+            learn_sigma=m.learn_sigma,
+            on_step=None if on_step is None else lambda step, _: on_step(step),
+        )
+        if vae is not None:
+            x0 = vae.decode(x0)
+        images = to_uint8(x0)
+    return images.clone()  # an ordinary tensor
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Options:
     guidance_low: float = -1.0  # guide only from this share of the process's timesteps; -1: as the run's config says
     guidance_high: float = -1.0  # … to this one; -1: as the run's config says
     batch: int = 64  # pictures made at once, per process
+    compile: bool = False  # compile the network first, which takes a while: for many pictures, or many calls of one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the network; auto: bf16 where the device has it
     vae: str = ""  # folder or hub id of the autoencoder; empty: as the run's config says
     out: str = ""  # folder to write to; empty: pictures/ in the run folder, or beside the file
@@ -62,6 +63,8 @@ def sample(options: Options) -> None:
 
     world = parallel.init(config.parallel)
     model = parallel.every(world, lambda: pictures.load(weights, config, world))
+    if options.compile:
+        pictures.compiled(model, world.device)
     autoencoder = parallel.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
     share = -(-options.num_images // world.size)
     mine = range(options.first + world.rank * share, options.first + min((world.rank + 1) * share, options.num_images))

@@ -97,3 +97,12 @@ def test_by_default_a_model_is_in_what_the_device_computes_fast(case, fast, tmp_
     save_weights(weights, dict(model.state_dict()))
     found = pictures.load(weights, C.replace(config, parallel={"precision": "auto"}), ALONE)
     assert {p.dtype for p in found.parameters()} == {torch.bfloat16 if fast else torch.float32}
+
+
+def test_compiled_pictures_are_the_same(case):
+    """But for a unit in the last place of a pixel here and there."""
+    config, model = case
+    expected = pictures.make(model, config, None, ALONE, first=0, count=4, seed=2)
+    found = pictures.make(pictures.compiled(model, ALONE.device), config, None, ALONE, first=0, count=4, seed=2)
+    assert (found.int() - expected.int()).abs().max() <= 1
+    assert not found.is_inference()
