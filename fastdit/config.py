@@ -144,7 +144,6 @@ class LogConfig:
     keep: int = 3  # newest checkpoints kept
     wandb: str = ""  # Weights & Biases project to log to; empty: none
     peak_tflops: float = 0.0  # dense bf16 peak of the device for MFU; 0: looked up by its name, no MFU where unknown
-    profile: int = 0  # early steps to trace; the trace, and where the time went, go to profile/ in the run folder
 
 
 @dataclass(frozen=True)
@@ -160,6 +159,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: Triton on a GPU, PyTorch's fastest ops elsewhere
     attention: Literal["auto", "eager", "sdpa", "flash"] = "auto"  # auto: flash-attn where installed; on a CPU eager; else SDPA
+    profile: int = 0  # early steps to trace; the trace, and a table of where the time went, go to profile/ in the run folder
 
 
 # The DiT paper's sizes (arXiv 2212.09748, table 1): depth, width, heads.
@@ -250,6 +250,7 @@ def validate(config: Config) -> None:
             not diffusion.model_guidance or m.class_dropout,
             f"--diffusion.model_guidance {diffusion.model_guidance:g} needs a --model.class_dropout above 0",
         ),
+        (0 <= config.profile <= MOST, f"--profile is {config.profile}; it must be a number of steps, or 0 for none"),
         (config.eval.num >= 16, f"--eval.num is {config.eval.num}; the metric needs at least 16 pictures"),
         (
             s.sampler == "auto" or (s.sampler == "euler") == flow,

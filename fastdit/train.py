@@ -136,7 +136,7 @@ def train(config: Config) -> int:
         settings=dataclasses.asdict(config),
     )
     describe(config, world, pack, model, images_seen, folder)
-    profiler = Profiler(folder / "profile", 0 if world.rank else config.log.profile, world.device, meter.say)
+    profiler = Profiler(folder / "profile", 0 if world.rank else config.profile, world.device, meter.say)
 
     def sample() -> None:
         with meter.paused(), optimizer.ema.applied(model):
@@ -237,7 +237,7 @@ def crosses(before: int, after: int, every: int) -> bool:
 # Settings a resumed run may change: where and how it runs, not what it computes. The batch may be split otherwise as long as
 # its product with the ranks stays; `resume` checks that.
 FREE: tuple[str, ...] = ("run.name", "run.folder", "run.fresh", "log.", "parallel.", "sample.", "eval.", "kernels", "attention")
-FREE += ("data.packs", "data.device_gib", "data.max_bad", "train.batch", "train.grad_accum", "train.max_skips")
+FREE += ("profile", "data.packs", "data.device_gib", "data.max_bad", "train.batch", "train.grad_accum", "train.max_skips")
 
 
 def open_run(config: Config) -> tuple[Config, Path]:

@@ -74,6 +74,7 @@ BAD = [
     (["--parallel.timeout_minutes", "0"], "--parallel.timeout_minutes"),
     (["--kernels", "cuda"], "--kernels"),
     (["--log.keep", "0"], "--log.keep is 0"),
+    (["--profile", "-1"], "--profile is -1"),
     (["stray", "--train.lr", "1"], "unknown recipe 'stray'"),
     (["cats", "stray"], "stray"),
     (["--train.lr", "inf"], "--train.lr is inf"),

@@ -1,5 +1,6 @@
 """The verbs together: train, kill, resume, spread over ranks, sample. Each run is a tiny one of the default recipe."""
 
+import dataclasses
 import json
 import os
 import re
@@ -94,6 +95,19 @@ def test_a_run_leaves_what_it_says(whole):
     assert all(line["loss"] > 0 and line["img_per_s"] > 0 and line["mfu"] is None for line in metrics(whole))
     assert [int(p.stem) for p in sorted((folder / "samples").glob("*.png"))] == [3 * BATCH, 6 * BATCH]
     assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [2 * BATCH, 4 * BATCH, 6 * BATCH]
+
+
+def test_a_profiled_run_leaves_a_trace_and_a_table_and_the_same_curve(whole, run_ranks, tmp_path):
+    config = dataclasses.replace(tiny(tmp_path), profile=2)
+    assert run_ranks(1, run, config, init=False) == [0]
+    assert curve(tmp_path) == curve(whole)
+    folder = tmp_path / "runs" / "tiny" / "profile"
+    at = f"{6 * BATCH:09d}"  # steps 5 and 6: three warm up, and the tracer's own first is not counted
+    assert {p.name for p in folder.iterdir()} == {f"{at}.json.gz", f"{at}.txt"}
+    text = (folder / f"{at}.txt").read_text()
+    assert "one step of 2 traced" in text
+    for kind in ("matrix products", "attention", "optimizer and EMA", "not in any op"):
+        assert kind in text
 
 
 def test_running_it_again_changes_nothing(whole, run_ranks):
