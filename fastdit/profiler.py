@@ -17,7 +17,7 @@ KINDS = {
     "optimizer and EMA": r"adam|fused_sgd|foreach|multi_tensor|lpnorm",
     "attention": r"scaled_dot|flash|fmha|attention|softmax|\bbmm|baddbmm",
     "GELU and convolution": r"gelu|dwconv|conv(?!ert)",
-    "norms and residuals": r"ln_modulate|layer_norm|layernorm|rms_norm|addcmul",
+    "norms and residuals": r"ln_modulate|sum_partials|layer_norm|layernorm|rms_norm|addcmul",
     "matrix products": r"gemm|cutlass|nvjet|xmma|\baddmm|\bmm\b|::linear|matmul|mkldnn_linear",
     "compiled pointwise": r"triton_|cpp_fused",
     "random numbers and data": r"normal_|uniform_|randn|rand\b|distribution|index_select|gather|Dataloader",

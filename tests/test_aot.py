@@ -47,13 +47,13 @@ def test_streams_move_128_bits_at_a_time(rows, op):
     modulations = {"ln_modulate": (2, 1), "gate_residual_ln_modulate": (3, 2)}[op]
     written = {"ln_modulate": (1, 1), "gate_residual_ln_modulate": (2, 2)}[op]
     sums = {"ln_modulate": 2, "gate_residual_ln_modulate": 3}[op]
-    for row, kernel in kernels(rows, f"{op} ", "forward_kernel"):
+    for row, kernel in kernels(rows, f"{op} ", f"{op}_forward_kernel"):
         assert kernel["loads"] == {"128": streams[0] + modulations[0]}, row["width"]
         assert kernel["stores"] == {"128": written[0], "32": 2}, row["width"]
-    for row, kernel in kernels(rows, f"{op} ", "backward_kernel"):
+    for row, kernel in kernels(rows, f"{op} ", f"{op}_backward_kernel"):
         assert kernel["loads"] == {"128": streams[1] + modulations[1], "32": 2}, row["width"]
         assert kernel["stores"] == {"128": written[1] + 2 * sums}, row["width"]  # eight fp32 sums are two accesses
-    for row, kernel in kernels(rows, f"{op} ", "sum_kernel"):
+    for row, kernel in kernels(rows, f"{op} ", "sum_partials_kernel"):
         assert set(kernel["loads"]) == {"128"}, row["width"]
 
 
@@ -92,15 +92,15 @@ def test_gelu_dwconv_moves_its_streams_128_bits_at_a_time(rows, K):
     """But the backward of K > 3, whose K² sums leave a thread room for four channels: 64 bits. Partials are stored in 32."""
     bits, (columns_ahead, columns_back) = {3: ("128", (4, 2)), 4: ("64", (2, 4)), 5: ("64", (2, 4))}[K]
     taps = K * K * 2  # eight fp32 are two accesses
-    for _, kernel in kernels(rows, f"gelu_dwconv K={K} ", "forward_kernel"):
+    for _, kernel in kernels(rows, f"gelu_dwconv K={K} ", "gelu_dwconv_forward_kernel"):
         assert kernel["loads"] == {"128": columns_ahead + K - 1 + taps + 2}  # h, taps, biases
         assert kernel["stores"] == {"128": columns_ahead * (1 + K // 2)}  # a row, and the last ones
-    for _, kernel in kernels(rows, f"gelu_dwconv K={K} ", "backward_kernel"):
+    for _, kernel in kernels(rows, f"gelu_dwconv K={K} ", "gelu_dwconv_backward_kernel"):
         streams = columns_back + K * (columns_back + K - 1) + 1  # h, dz, bias
         expected = {"128": streams + taps} if K == 3 else {"64": streams, "128": taps // 2}
         assert kernel["loads"] == expected
         assert kernel["stores"] == {bits: columns_back, "32": K * K + 2}
-    for _, kernel in kernels(rows, f"gelu_dwconv K={K} ", "sum_kernel"):
+    for _, kernel in kernels(rows, f"gelu_dwconv K={K} ", "sum_partials_kernel"):
         assert set(kernel["loads"]) == {"128"}
 
 

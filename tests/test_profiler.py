@@ -69,6 +69,10 @@ def test_a_run_that_ends_first_or_was_not_asked_writes_nothing(tmp_path, steps):
         ("aten::bmm", "attention"),
         ("aten::_softmax_backward_data", "attention"),
         ("fastdit::gelu_dwconv_backward", "GELU and convolution"),
+        ("gelu_dwconv_forward_kernel", "GELU and convolution"),  # as a GPU's trace names what Triton compiled
+        ("gate_residual_ln_modulate_backward_kernel", "norms and residuals"),
+        ("sum_partials_kernel", "norms and residuals"),
+        ("adamw_ema_kernel", "optimizer and EMA"),
         ("aten::gelu", "GELU and convolution"),
         ("aten::convolution_backward", "GELU and convolution"),
         ("fastdit::gate_residual_ln_modulate", "norms and residuals"),

@@ -36,7 +36,7 @@ def correction(step, log_beta):
 
 
 @triton.jit
-def kernel(
+def adamw_ema_kernel(
     p_table, p_programs, p_decays, p_steps, p_grad_scale, p_found_inf, N, lr, beta2, rest1, rest2, log_beta1, log_beta2, eps,
     weight, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def update(
         owned = programs(tuple(n * (flag == wanted) for n, flag in zip(sizes, aligned, strict=True)), device)
         if len(owned):
             launch(
-                kernel, (len(owned),), NUM_WARPS, p_table=on_device, p_programs=owned, p_decays=decays, p_steps=steps,
+                adamw_ema_kernel, (len(owned),), NUM_WARPS, p_table=on_device, p_programs=owned, p_decays=decays, p_steps=steps,
                 p_grad_scale=grad_scale, p_found_inf=found_inf, N=len(sizes), lr=lr, beta2=beta2, rest1=1 - beta1,
                 rest2=1 - beta2, log_beta1=math.log(beta1), log_beta2=math.log(beta2), eps=eps, weight=weight, ALIGNED=wanted,
                 BLOCK=BLOCK,

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from fastdit_kernels import adamw_ema, gate_residual_ln_modulate, gelu_dwconv, ln_modulate, sass
 from fastdit_kernels.launch import Launch
-from fastdit_kernels.partials import UNROLL, sum_kernel
+from fastdit_kernels.partials import UNROLL, sum_partials_kernel
 
 SAMPLES, TOKENS = 32, 256  # of one GPU's batch at 256×256 pixels
 WIDTHS = (768, 1024, 1152, 1536)
@@ -72,7 +72,7 @@ class Case(NamedTuple):
     floor: int  # bytes per element
     moved: int  # bytes in all, with partials
     build: Callable[[Launch], object]
-    trips: dict[str, tuple[int, ...]]  # by kernel name, as `sass.read` takes them; none for `sum_kernel` or where nothing loops
+    trips: dict[str, tuple[int, ...]]  # by kernel name, as `sass.read` takes them; none for partial sums or where nothing loops
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -128,8 +128,8 @@ def examine(case: Case, device: str) -> dict[str, Any]:
     kernels, issued, special = [], 0.0, 0.0
     for launch in record(case.build):
         trips = case.trips
-        if launch.kernel is sum_kernel:
-            trips = {"sum_kernel": (triton.cdiv(launch.args["S"], UNROLL),)}
+        if launch.kernel is sum_partials_kernel:
+            trips = {"sum_partials_kernel": (triton.cdiv(launch.args["S"], UNROLL),)}
         compiled = compile_launch(launch, limits.arch, trips.get(launch.kernel.__name__, ()))
         threads = 32 * launch.num_warps
         for size in launch.grid:
@@ -168,12 +168,12 @@ def ln_modulate_cases(B: int, T: int, D: int) -> list[Case]:
         Case(
             "ln_modulate forward", D, B * T * D, 4, moved["forward"],
             lambda launch: ln_modulate.forward(x, shift, scale, launch),
-            {"forward_kernel": (forward_rows,)},
+            {"ln_modulate_forward_kernel": (forward_rows,)},
         ),
         Case(
             "ln_modulate backward", D, B * T * D, 6, moved["backward"],
             lambda launch: ln_modulate.backward(x, x, scale, statistics, statistics, launch),
-            {"backward_kernel": (backward_rows,)},
+            {"ln_modulate_backward_kernel": (backward_rows,)},
         ),
     ]  # fmt: skip
 
@@ -188,12 +188,12 @@ def gate_residual_ln_modulate_cases(B: int, T: int, D: int) -> list[Case]:
         Case(
             "gate_residual_ln_modulate forward", D, B * T * D, 8, moved["forward"],
             lambda launch: gate_residual_ln_modulate.forward(x, x, gate, shift, scale, launch),
-            {"forward_kernel": (forward_rows,)},
+            {"gate_residual_ln_modulate_forward_kernel": (forward_rows,)},
         ),
         Case(
             "gate_residual_ln_modulate backward", D, B * T * D, 12, moved["backward"],
             lambda launch: gate_residual_ln_modulate.backward(x, x, x, x, gate, scale, statistics, statistics, launch),
-            {"backward_kernel": (backward_rows,)},
+            {"gate_residual_ln_modulate_backward_kernel": (backward_rows,)},
         ),
     ]  # fmt: skip
 
@@ -207,12 +207,12 @@ def gelu_dwconv_cases(B: int, side: int, F: int, K: int) -> list[Case]:
         Case(
             f"gelu_dwconv K={K} forward", F, h.numel(), 4, moved["forward"],
             lambda launch: gelu_dwconv.forward(h, bias, taps, bias, side, side, False, launch),
-            {"forward_kernel": (forward_steps, side)},
+            {"gelu_dwconv_forward_kernel": (forward_steps, side)},
         ),
         Case(
             f"gelu_dwconv K={K} backward", F, h.numel(), 6, moved["backward"],
             lambda launch: gelu_dwconv.backward(h, h, bias, taps, side, side, launch),
-            {"backward_kernel": (backward_steps, side)},
+            {"gelu_dwconv_backward_kernel": (backward_steps, side)},
         ),
     ]  # fmt: skip
 

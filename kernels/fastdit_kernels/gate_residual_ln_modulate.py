@@ -24,7 +24,7 @@ __all__ = ["gate_residual_ln_modulate"]
 
 
 @triton.jit
-def forward_kernel(
+def gate_residual_ln_modulate_forward_kernel(
     p_x, p_y, p_gate, p_shift, p_scale, p_r, p_m, p_mean, p_rstd, T, rows, stride_gate, stride_shift, stride_scale,
     D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,  # EPS constexpr: a compiler may pass Python floats as fp64
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def gate_residual_ln_modulate_backward_kernel(
     p_dr, p_dm, p_r, p_y, p_gate, p_scale, p_mean, p_rstd, p_dx, p_dy, p_partials, T, rows, stride_gate, stride_scale,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -100,9 +100,9 @@ def forward(
         splits, rows = forward_split(B, T, D)
         block, num_warps = block_and_warps(D)
         launch(
-            forward_kernel, (B, splits), num_warps, p_x=x, p_y=y, p_gate=gate, p_shift=shift, p_scale=scale, p_r=r, p_m=m,
-            p_mean=mean, p_rstd=rstd, T=T, rows=rows, stride_gate=gate.stride(0), stride_shift=shift.stride(0),
-            stride_scale=scale.stride(0), D=D, BLOCK=block, EPS=EPS,
+            gate_residual_ln_modulate_forward_kernel, (B, splits), num_warps, p_x=x, p_y=y, p_gate=gate, p_shift=shift,
+            p_scale=scale, p_r=r, p_m=m, p_mean=mean, p_rstd=rstd, T=T, rows=rows, stride_gate=gate.stride(0),
+            stride_shift=shift.stride(0), stride_scale=scale.stride(0), D=D, BLOCK=block, EPS=EPS,
         )  # fmt: skip
     return r, m, mean, rstd
 
@@ -130,9 +130,9 @@ def backward(
     # Eighty registers let 24 warps share an SM. ptxas would take a hundred at eight warps; only fp32 streams need them.
     max_registers = 80 if r.itemsize == 2 and block <= 2048 else None
     launch(
-        backward_kernel, (B, splits), num_warps, max_registers, p_dr=dr, p_dm=dm, p_r=r, p_y=y, p_gate=gate, p_scale=scale,
-        p_mean=mean, p_rstd=rstd, p_dx=dx, p_dy=dy, p_partials=partials, T=T, rows=rows, stride_gate=gate.stride(0),
-        stride_scale=scale.stride(0), D=D, BLOCK=block,
+        gate_residual_ln_modulate_backward_kernel, (B, splits), num_warps, max_registers, p_dr=dr, p_dm=dm, p_r=r, p_y=y,
+        p_gate=gate, p_scale=scale, p_mean=mean, p_rstd=rstd, p_dx=dx, p_dy=dy, p_partials=partials, T=T, rows=rows,
+        stride_gate=gate.stride(0), stride_scale=scale.stride(0), D=D, BLOCK=block,
     )  # fmt: skip
     sum_partials(partials, dmod, launch)
     return dx, dy, dmod

@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 
 from fastdit_kernels.checks import STREAM_DTYPES, require, require_stream
-from fastdit_kernels.gelu_dwconv_kernels import backward_kernel, forward_kernel
+from fastdit_kernels.gelu_dwconv_kernels import gelu_dwconv_backward_kernel, gelu_dwconv_forward_kernel
 from fastdit_kernels.launch import Launch, run, skip
 from fastdit_kernels.partials import sum_partials
 
@@ -104,7 +104,7 @@ def forward(
         tile = FORWARD_TILES[K]
         strips, programs, steps = forward_split(B, height, width, K)
         launch(
-            forward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_h=h, p_bias=bias, p_taps=taps,
+            gelu_dwconv_forward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_h=h, p_bias=bias, p_taps=taps,
             p_conv_bias=conv_bias, p_z=z, num_strips=strips, steps=steps, H=height, W=width, F=F, K=K, STRIPS=tile.strips,
             COLS=tile.columns, BLOCK=BLOCK,
             EXACT=exact or h.dtype == torch.float32 or triton.knobs.runtime.interpret,
@@ -125,9 +125,9 @@ def backward(
     strips, programs, steps = backward_split(B, height, width, K)
     partials = taps.new_empty(1, programs, (K * K + 2) * F)
     launch(
-        backward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_dz=dz, p_h=h, p_bias=bias, p_taps=taps, p_dh=dh,
-        p_partials=partials, num_strips=strips, steps=steps, H=height, W=width, F=F, K=K, STRIPS=tile.strips, COLS=tile.columns,
-        BLOCK=BLOCK,
+        gelu_dwconv_backward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_dz=dz, p_h=h, p_bias=bias,
+        p_taps=taps, p_dh=dh, p_partials=partials, num_strips=strips, steps=steps, H=height, W=width, F=F, K=K,
+        STRIPS=tile.strips, COLS=tile.columns, BLOCK=BLOCK,
     )  # fmt: skip
     sum_partials(partials, sums[None], launch)
     return dh, sums

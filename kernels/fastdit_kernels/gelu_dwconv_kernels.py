@@ -10,7 +10,7 @@ One thread's columns are a tuple of tensors, of which Triton gives each thread t
 import triton
 import triton.language as tl
 
-__all__ = ["backward_kernel", "forward_kernel"]
+__all__ = ["gelu_dwconv_backward_kernel", "gelu_dwconv_forward_kernel"]
 
 C = tl.constexpr(0.7978845608028654)  # √(2/π), of the tanh form of GELU
 A = tl.constexpr(0.044715)
@@ -84,7 +84,7 @@ def load_taps(p_row, m_c, F: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def gelu_dwconv_forward_kernel(
     p_h, p_bias, p_taps, p_conv_bias, p_z, num_strips, steps,
     H: tl.constexpr, W: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     STRIPS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
@@ -129,7 +129,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def gelu_dwconv_backward_kernel(
     p_dz, p_h, p_bias, p_taps, p_dh, p_partials, num_strips, steps,
     H: tl.constexpr, W: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     STRIPS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,

@@ -34,7 +34,7 @@ def backward_split(B: int, T: int, D: int) -> tuple[int, int]:
 
 
 @triton.jit
-def forward_kernel(
+def ln_modulate_forward_kernel(
     p_x, p_shift, p_scale, p_m, p_mean, p_rstd, T, rows, stride_shift, stride_scale,
     D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,  # EPS constexpr: a compiler may pass Python floats as fp64
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def ln_modulate_backward_kernel(
     p_dm, p_x, p_scale, p_mean, p_rstd, p_dx, p_partials, T, rows, stride_scale, D: tl.constexpr, BLOCK: tl.constexpr
 ):
     i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -91,8 +91,8 @@ def forward(x: Tensor, shift: Tensor, scale: Tensor, launch: Launch) -> tuple[Te
         splits, rows = forward_split(B, T, D)
         block, num_warps = block_and_warps(D)
         launch(
-            forward_kernel, (B, splits), num_warps, p_x=x, p_shift=shift, p_scale=scale, p_m=m, p_mean=mean, p_rstd=rstd, T=T,
-            rows=rows, stride_shift=shift.stride(0), stride_scale=scale.stride(0), D=D, BLOCK=block, EPS=EPS,
+            ln_modulate_forward_kernel, (B, splits), num_warps, p_x=x, p_shift=shift, p_scale=scale, p_m=m, p_mean=mean,
+            p_rstd=rstd, T=T, rows=rows, stride_shift=shift.stride(0), stride_scale=scale.stride(0), D=D, BLOCK=block, EPS=EPS,
         )  # fmt: skip
     return m, mean, rstd
 
@@ -108,7 +108,7 @@ def backward(dm: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, l
     block, num_warps = block_and_warps(D)
     partials = torch.empty(B, splits, 2 * D, dtype=torch.float32, device=x.device)
     launch(
-        backward_kernel, (B, splits), num_warps, p_dm=dm, p_x=x, p_scale=scale, p_mean=mean, p_rstd=rstd, p_dx=dx,
+        ln_modulate_backward_kernel, (B, splits), num_warps, p_dm=dm, p_x=x, p_scale=scale, p_mean=mean, p_rstd=rstd, p_dx=dx,
         p_partials=partials, T=T, rows=rows, stride_scale=scale.stride(0), D=D, BLOCK=block,
     )  # fmt: skip
     sum_partials(partials, dmod, launch)

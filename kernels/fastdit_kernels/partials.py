@@ -24,7 +24,7 @@ def split_rows(samples: int, rows: int, programs: int, least: int) -> tuple[int,
 
 
 @triton.jit
-def sum_kernel(p_partials, p_sums, S, N: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr):
+def sum_partials_kernel(p_partials, p_sums, S, N: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr):
     i_b, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_n = i_n * COLUMNS + tl.arange(0, COLUMNS)
     m_n = o_n < N
@@ -42,4 +42,4 @@ def sum_partials(partials: Tensor, sums: Tensor, launch: Launch) -> None:
     B, S, N = partials.shape
     if partials.numel():
         grid = (B, triton.cdiv(N, COLUMNS))
-        launch(sum_kernel, grid, 1, p_partials=partials, p_sums=sums, S=S, N=N, COLUMNS=COLUMNS, UNROLL=UNROLL)
+        launch(sum_partials_kernel, grid, 1, p_partials=partials, p_sums=sums, S=S, N=N, COLUMNS=COLUMNS, UNROLL=UNROLL)
