@@ -97,6 +97,21 @@ def test_a_run_leaves_what_it_says(whole):
     assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [2 * BATCH, 4 * BATCH, 6 * BATCH]
 
 
+def test_a_run_on_the_kernels_follows_pytorchs_and_goes_on_without_them(run_ranks, tmp_path):
+    """Every op, and the optimizer, by its kernel: here the interpreter runs them, which takes its time."""
+
+    def config(folder: str, steps: int, kernels: str) -> Config:
+        small = {"model": {"patch": 8, "depth": 1, "width": 32, "num_heads": 2}, "sample": {"num": 1, "steps": 1}}
+        length = {"images": steps * 8, "batch": 8, "warmup_images": 16, "lr_decay": "constant"}
+        made = tiny(tmp_path / folder, parallel={"precision": "fp32"}, train=length, log={"sample_every": 10**6}, **small)
+        return dataclasses.replace(made, kernels=kernels)
+
+    for folder, steps, kernels in (("a", 2, "triton"), ("b", 3, "auto"), ("a", 3, "auto")):
+        assert run_ranks(1, run, config(folder, steps, kernels), init=False) == [0]
+    for ours, theirs in zip(curve(tmp_path / "a"), curve(tmp_path / "b"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 def test_a_profiled_run_leaves_a_trace_and_a_table_and_the_same_curve(whole, run_ranks, tmp_path):
     config = dataclasses.replace(tiny(tmp_path), profile=2)
     assert run_ranks(1, run, config, init=False) == [0]
