@@ -101,23 +101,14 @@ def test_step_in_turns(side_by_side, tally, counting, device, world, baselines, 
     flops = {name: batch * train_flops_per_image(model_config(name, size, depth)) for name in names}
     alone = "its matrix products alone"
     calls[alone], flops[alone] = products(model_config(ours, size, depth), batch, device, dtype)
-    medians: dict[str, float] = {}
-    rows = side_by_side(
-        calls,
-        op="training step",
-        shape=what,
-        rounds=5,
-        budget=45,
-        flops=flops,
-        images=batch,
-        extra=lambda name, s: medians.update({name: s}) or {},
-    )
-    rate = flops[alone] / medians[alone]
+    rows = side_by_side(calls, op="training step", shape=what, rounds=5, budget=45, flops=flops, images=batch)
+    # All by ratios of times in one round, which the machine's ups and downs leave alone.
+    times = {name: row.extra.get("x of the first", 1.0) for name, row in rows.items()}
     for name in names:
-        rows[name].extra["of the bound"] = flops[name] / rate / medians[name]
-    best = min(medians[ours], medians[ours + COMPILED])
-    rows[theirs].extra["x the time of ours at its best"] = medians[theirs] / best
-    rows[theirs + COMPILED].extra["x the time of ours at its best"] = medians[theirs + COMPILED] / best
+        rows[name].extra["of the bound"] = flops[name] / flops[alone] * times[alone] / times[name]
+    best = min(times[ours], times[ours + COMPILED])
+    for name in (theirs, theirs + COMPILED):
+        rows[name].extra["x the time of ours at its best"] = times[name] / best
     torch._dynamo.reset()
 
 
