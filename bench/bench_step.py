@@ -1,6 +1,6 @@
 """The whole training step, as train.py runs it: objective, forward, backward, clipping, AdamW, averaged weights.
 
-On a CPU: B/2, batch 8 (on a slow one 4 of its 12 blocks), eager and compiled, side by side in turns, with the step's own matrix
+On a CPU: B/2, batch 8 (on a slow one 2 of its 12 blocks), eager and compiled, side by side in turns, with the step's own matrix
 products alone as one more row: what `of the bound` is a fraction of is the time all the step's arithmetic would take at their
 rate. On a GPU: each alone, B/2 and XL/2. The ops of a step are counted, and a step of ours is taken apart by kind of op.
 """
@@ -92,7 +92,7 @@ def products(model, batch: int, device: torch.device, dtype: torch.dtype):
 def test_step_in_turns(side_by_side, tally, counting, device, world, baselines, dtype, numbers, slow, ours, theirs):
     if device.type == "cuda":
         pytest.skip("on a GPU test_step times each alone, with the memory to itself")
-    size, batch, depth = "B", 8, 4 if slow else 12
+    size, batch, depth = "B", 8, 2 if slow else 12
     what = shape(size, depth, batch, numbers)
     names = [name + how for name in (ours, theirs) for how in ("", COMPILED)]
     calls = {name: training(name, size, batch, world, baselines, dtype, depth) for name in names}
@@ -101,7 +101,7 @@ def test_step_in_turns(side_by_side, tally, counting, device, world, baselines, 
     flops = {name: batch * train_flops_per_image(model_config(name, size, depth)) for name in names}
     alone = "its matrix products alone"
     calls[alone], flops[alone] = products(model_config(ours, size, depth), batch, device, dtype)
-    rows = side_by_side(calls, op="training step", shape=what, rounds=5, budget=45, flops=flops, images=batch)
+    rows = side_by_side(calls, op="training step", shape=what, rounds=7, budget=45, flops=flops, images=batch)
     # All by ratios of times in one round, which the machine's ups and downs leave alone.
     times = {name: row.extra.get("x of the first", 1.0) for name, row in rows.items()}
     for name in names:
@@ -159,7 +159,7 @@ def test_step(side_by_side, gpu, world, baselines, dtype, numbers, name, size, b
 def test_what_a_step_does(tally, counting, device, world, baselines, dtype, numbers, slow):
     """Ours on its kernels, wherever it is; on a GPU the seed's way too, which test_step_in_turns counts elsewhere."""
     gpu = device.type == "cuda"
-    batch, depth = 32 if gpu else 8, 4 if slow else 12
+    batch, depth = 32 if gpu else 8, 2 if slow else 12
     for name in ("fastdit", SEED) if gpu else ("fastdit",):
         for how in ("", COMPILED):
             options = {"kernels": "triton"} if gpu else {"kernels": "triton", "attention": "sdpa"}
@@ -174,7 +174,7 @@ def test_what_a_step_does(tally, counting, device, world, baselines, dtype, numb
 def test_where_a_step_goes(where_it_goes, device, world, baselines, dtype, numbers, slow):
     """As train.py runs it by default: compiled on a GPU, and not on a CPU."""
     gpu = device.type == "cuda"
-    name, batch, depth = "fastdit" + COMPILED * gpu, 32 if gpu else 8, 4 if slow else 12
+    name, batch, depth = "fastdit" + COMPILED * gpu, 32 if gpu else 8, 2 if slow else 12
     step = training(name, "B", batch, world, baselines, dtype, depth)
     for _ in range(2):
         step()
