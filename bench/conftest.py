@@ -24,9 +24,10 @@ from fastdit.parallel import World
 from fastdit.profiler import kinds, own_times
 
 
-def _module(name: str) -> ModuleType:
+def _module(stem: str) -> ModuleType:
     """A module of this folder, which is no package: its files cannot import each other."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    name = f"fastdit_bench_{stem}"
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{stem}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

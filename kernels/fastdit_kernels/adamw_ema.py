@@ -10,7 +10,6 @@ the parameter again. A program finds its tensor in a table of addresses, made an
 found_inf is not 0 every access is masked away, and all stay as they are to the bit.
 """
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from fastdit_kernels.checks import require
 from fastdit_kernels.launch import Launch, run
+from fastdit_kernels.reference import log
 
 __all__ = ["adamw_ema"]
 
@@ -99,7 +99,7 @@ def update(
             launch(
                 adamw_ema_kernel, (len(owned),), NUM_WARPS, p_table=on_device, p_programs=owned, p_decays=decays, p_steps=steps,
                 p_grad_scale=grad_scale, p_found_inf=found_inf, N=len(sizes), lr=lr, beta2=beta2, rest1=1 - beta1,
-                rest2=1 - beta2, log_beta1=math.log(beta1), log_beta2=math.log(beta2), eps=eps, weight=weight, ALIGNED=wanted,
+                rest2=1 - beta2, log_beta1=log(beta1), log_beta2=log(beta2), eps=eps, weight=weight, ALIGNED=wanted,
                 BLOCK=BLOCK,
             )  # fmt: skip
 

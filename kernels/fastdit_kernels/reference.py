@@ -65,6 +65,11 @@ def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, heig
     return z.permute(0, 2, 3, 1).reshape(B, T, F_).to(h.dtype)
 
 
+def log(beta: float) -> float:
+    """ln β of a decay, whose powers are 0 where it is."""
+    return math.log(max(beta, 1e-30))
+
+
 def adamw_ema(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -95,7 +100,7 @@ def adamw_ema(
         g = grad / grad_scale
         exp_avg.lerp_(g, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        correction1, correction2 = (-torch.expm1(step * math.log(beta)) for beta in (beta1, beta2))
+        correction1, correction2 = (-torch.expm1(step * log(beta)) for beta in (beta1, beta2))  # 1 - βᵏ
         p.sub_(lr * (decay * p + exp_avg / correction1 / ((exp_avg_sq / correction2).sqrt() + eps)))
         average.lerp_(p, weight)
 
