@@ -127,9 +127,7 @@ def test_memory_binds_the_3x3_convolution(rows):
 
 def test_adamw_ema_moves_128_bits_at_a_time_and_memory_binds_it(rows):
     found = [row for row in rows if row["op"] == "adamw_ema"]
-    assert {(row["width"], row["arch"]) for row in found} == {
-        (D, a) for D in (768, 1024, 1152, 1536) for a in ("sm_80", "sm_90")
-    }
+    assert [row["arch"] for row in found] == ["sm_80", "sm_90"]
     for row in found:
         (kernel,) = row["kernels"]
         assert kernel["loads"] == {"128": 10, "64": 6, "32": 6}  # five tensors; the table; which tensor and block, and scalars
