@@ -54,9 +54,10 @@ class ShardAdamW(torch.optim.AdamW):
 
     def __init__(self, model: nn.Module, config: TrainConfig):
         self.named = named_shards(model)
+        pulled = {name: decays(model, name) for name in self.named}
         groups = [
-            {"params": [p for n, p in self.named.items() if decays(model, n)], "weight_decay": config.weight_decay},
-            {"params": [p for n, p in self.named.items() if not decays(model, n)], "weight_decay": 0.0},
+            {"params": [p for n, p in self.named.items() if pulled[n]], "weight_decay": config.weight_decay},
+            {"params": [p for n, p in self.named.items() if not pulled[n]], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
         super().__init__(groups, lr=config.lr, betas=(BETA1, config.beta2), eps=EPS, fused=True)
@@ -65,7 +66,7 @@ class ShardAdamW(torch.optim.AdamW):
         self.found_inf = torch.zeros((), device=device)
         self.skips = torch.zeros(2, device=device)
         self.steps = torch.zeros(len(self.named), device=device)
-        self.decays = torch.tensor([config.weight_decay * decays(model, name) for name in self.named], device=device)
+        self.decays = torch.tensor([config.weight_decay * pulled[name] for name in self.named], device=device)
         for p, step in zip(self.named.values(), self.steps, strict=True):
             self.state[p]["step"] = step
             self.state[p]["exp_avg"] = torch.zeros_like(p, requires_grad=False)
