@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from fastdit import pictures
+from fastdit import sampling
 from fastdit.config import RECIPES, dit, replace
 from fastdit.model import DiT, choose_ops, macs_per_image
 
@@ -26,8 +26,8 @@ def ours(config, batch: int, steps: int, world, dtype: torch.dtype, compiled: bo
     model.init_weights(0)
     model = model.to(world.device, dtype).eval().requires_grad_(False)
     if compiled:
-        pictures.compiled(model, world.device)
-    return lambda: pictures.make(model, config, None, world, first=0, count=batch, seed=0)
+        sampling.compiled(model, world.device)
+    return lambda: sampling.make(model, config, None, world, first=0, count=batch, seed=0)
 
 
 def seeds_way(baselines, batch: int, steps: int, device: torch.device, dtype: torch.dtype, compiled: bool = False):

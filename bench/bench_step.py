@@ -13,9 +13,9 @@ import torch
 from fastdit import train
 from fastdit.config import RECIPES, SIZES, dit, replace
 from fastdit.diffusion import Objective, schedule
-from fastdit.gauges import peak_tflops
 from fastdit.model import on_kernels, train_flops_per_image
 from fastdit.optim import Optimizer
+from fastdit.runtime.hardware import peak_tflops
 
 pytestmark = [
     # PyTorch says of padding="same" with an even kernel that it copies the padded input: that is the seed's way.

@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdit import parallel
 from fastdit.config import ParallelConfig
-from fastdit.gauges import DTYPES, Energy, precision
-from fastdit.parallel import World
-from fastdit.profiler import kinds, own_times
+from fastdit.runtime import ranks
+from fastdit.runtime.hardware import DTYPES, Energy, precision
+from fastdit.runtime.profiler import kinds, own_times
+from fastdit.runtime.ranks import World
 
 
 def _module(stem: str) -> ModuleType:
@@ -86,8 +86,8 @@ def counting() -> ModuleType:
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
     """A process group of one."""
-    yield parallel.init(ParallelConfig())
-    parallel.shutdown()
+    yield ranks.init(ParallelConfig())
+    ranks.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from fastdit.gauges import has_bf16
+from fastdit.runtime.hardware import has_bf16
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fastdit.config import UserError, plain
-from fastdit.manifest import SUMS, Written, read_file, read_sums, sync_folder, verify, write_file, write_sums
-from fastdit.weights import Piece, contents, fit, owned, write_safetensors, write_shard
+from fastdit.runtime.files import SUMS, Written, read_file, read_sums, sync_folder, verify, write_file, write_sums
+from fastdit.runtime.tensors import Piece, contents, fit, owned, write_safetensors, write_shard
 
 T = TypeVar("T")
 FORMAT = 1

@@ -56,6 +56,25 @@ def parse_args(cls: type[T], argv: Sequence[str], prog: str, description: str, d
         raise UserError(" ".join(inside.replace("│", " ").split())) from None
 
 
+def chosen(config: Config, options: Any, **groups: dict[str, Any]) -> Config:
+    """A run's config with what a verb's options change of its sampling; those left at their defaults change nothing.
+
+    Raises UserError for what does not go together.
+    """
+    plain = {name: getattr(options, name) for name in ("sampler", "steps", "guidance")}
+    interval = {name: getattr(options, name) for name in ("guidance_low", "guidance_high")}
+    config = replace(
+        config,
+        sample={name: value for name, value in plain.items() if value}
+        | {name: value for name, value in interval.items() if value != -1},
+        data={"vae": options.vae} if options.vae else {},
+        parallel={"precision": options.precision},
+        **groups,
+    )
+    validate(config)
+    return config
+
+
 def _option_names(cls: type, prefix: str = "") -> list[str]:
     names = []
     for f in dataclasses.fields(cls):

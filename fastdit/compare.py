@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import torch
 
-from fastdit import charts, command, quality
+from fastdit import command
 from fastdit import config as configs
 from fastdit.config import RECIPES, Config, UserError
-from fastdit.gauges import precision
+from fastdit.quality import charts, evaluation
+from fastdit.runtime.hardware import precision
 
 # Name of the run, what it is called, and the options that set it apart.
 OBJECTIVES = {
@@ -105,7 +106,7 @@ def write(options: Options) -> Path:
     for name, (title, _) in SUBJECTS[subject].items():
         folder = Path(options.runs) / name
         config = configs.load(folder / "config.json")
-        found = [e for e in quality.evaluations(folder) if e["metric"] == "offline" and e["num"] == options.num]
+        found = [e for e in evaluation.evaluations(folder) if e["metric"] == "offline" and e["num"] == options.num]
         if not found:
             raise UserError(f"{folder} holds no evaluation of {options.num} pictures")
         last = max(found, key=lambda e: e["images"])
@@ -117,7 +118,7 @@ def write(options: Options) -> Path:
     text = page(options, config, rows)
     if subject == "stability":  # losses of different objectives are of different things
         text += curves(Path(options.runs), out / subject / "curves.svg")
-    quality.write(path, text)
+    evaluation.write(path, text)
     return path
 
 
@@ -125,13 +126,13 @@ def curves(runs: Path, picture: Path) -> str:
     """Draw the variants' losses and gradient norms; what the page says of them."""
     losses, norms, rows = [], [], []
     for name, (title, _) in STABILITY.items():
-        lines = list(quality.json_lines((runs / name / "metrics.jsonl").read_text()))
+        lines = list(evaluation.json_lines((runs / name / "metrics.jsonl").read_text()))
         losses.append(charts.Line(title, [(line["images"], line["loss"]) for line in lines]))
         norms.append(charts.Line(title, [(line["images"], line["grad_norm"]) for line in lines]))
         tail = [line["loss"] for line in lines[-max(1, len(lines) // 10) :]]
         rows.append(f"| {title} | {sum(tail) / len(tail):.5f} | {lines[-1]['skipped']} |")
     drawn = [charts.Chart("loss", losses, logarithmic=True), charts.Chart("gradient norm", norms, logarithmic=True)]
-    quality.write(picture, charts.svg(drawn))
+    evaluation.write(picture, charts.svg(drawn))
     return "\n".join(
         [
             "",

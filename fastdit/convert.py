@@ -1,6 +1,6 @@
 """Bring weights in: from facebookresearch/DiT, from diffusers' DiTTransformer2DModel, from the seed repository.
 
-The result is a folder that sample.py and DiT.from_pretrained open; its outputs are the original's, to fp32 rounding. Only
+The result is a folder that sample.py and from_pretrained open; its outputs are the original's, to fp32 rounding. Only
 tensors are read from a file, never code: safetensors, or torch.save's files through `pickles`.
 """
 
@@ -16,12 +16,13 @@ from typing import Annotated, Any
 import tyro
 from torch import Tensor
 
-from fastdit import command, pretrained
+from fastdit import command
 from fastdit import config as configs
 from fastdit.config import RECIPES, Config, ModelConfig, UserError
-from fastdit.foreign import Weights, from_diffusers, from_facebook, from_seed
-from fastdit.pickles import Inert, Stored, load_pickled
-from fastdit.weights import load_weights
+from fastdit.runtime.tensors import load_weights
+from fastdit.weights import folder
+from fastdit.weights.foreign import Weights, from_diffusers, from_facebook, from_seed
+from fastdit.weights.pickles import Inert, Stored, load_pickled
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def convert(options: Options) -> Path:
             weights = from_seed(tensors, options.num_heads or said.get("n_head", 0), options.patch or said.get("patch_size", 0))
             run = RECIPES["cats-256"]
     run = _configured(run, weights.config, options.vae, out)
-    pretrained.save_folder(out, weights.tensors, run, {"converted_from": source.name})
+    folder.save_folder(out, weights.tensors, run, {"converted_from": source.name})
     count = sum(t.numel() for t in weights.tensors.values())
     for note in notes:
         print(f"note: {note}")

@@ -6,22 +6,16 @@ network is fp32, and every random number is a function of (seed, image number), 
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdit import draws
 from fastdit.config import DiffusionConfig
+from fastdit.runtime import rng as draws
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-# Half the natural log of the signal-to-noise ratio where sampling starts. squaredcos_cap_v2 ends at -9.9: there an error in
-# epsilon is 20,000 times as large in x0, and a network good to 2 % ruins an unclipped sample. At -4.5 it is 90 times as large,
-# and the signal that pure noise stands in for is 1.1 % of x0's amplitude (at the linear schedule's own end it is 0.6 %).
-START_LOG_SNR = -4.5
 
 
 def schedule(config: DiffusionConfig) -> tuple[Tensor, Tensor]:
@@ -179,140 +173,6 @@ class Objective:
         likelihood = torch.where(x0.abs() > 0.999, outer, inside)
         nll = -likelihood.clamp(min=1e-12).log()
         return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
-
-
-def sampling_times(config: DiffusionConfig, steps: int) -> list[float]:
-    """The t of each network evaluation, descending, in training steps; whole numbers under DDPM.
-
-    Flow: evenly from timesteps down to timesteps / steps. DDPM: quadratic, as in arXiv 2010.02502 §D.2, from START_LOG_SNR on,
-    since detail is decided at small t. On a mixture of Gaussians with the exact predictor, 20 steps under squaredcos_cap_v2 end
-    at Wasserstein-1 0.0026 from the data by dpm++ (even spacing 0.0198), 0.0227 by ddim (0.0266), 0.038 by ddpm (0.040).
-    """
-    if config.kind == "flow":
-        return [config.timesteps * (steps - i) / steps for i in range(steps)]
-    if steps > config.timesteps:
-        raise ValueError(f"{steps} steps are more than the {config.timesteps} the process has")
-    alphas_cumprod = schedule(config)[1].double()
-    log_snr = 0.5 * (alphas_cumprod / (1 - alphas_cumprod)).log()
-    start = max(int((log_snr >= START_LOG_SNR).sum()) - 1, 0)
-    times: list[int] = []
-    for i in range(1, steps + 1):
-        times.append(max(round(start * (i / steps) ** 2), times[-1] + 1 if times else 0))
-    # Many steps fill the low end one by one; those of a short process may have to end above the start.
-    return [float(t) for t in reversed(times)]
-
-
-@torch.no_grad()
-def sample(
-    model: Network,
-    config: DiffusionConfig,
-    shape: tuple[int, int, int, int],
-    y: Tensor | None = None,
-    *,
-    sampler: str = "auto",
-    steps: int = 20,
-    guidance: float = 1.0,
-    guidance_low: float = 0.0,
-    guidance_high: float = 1.0,
-    seed: int = 0,
-    first: int = 0,
-    device: torch.device | str = "cpu",
-    null_class: int | None = None,
-    learn_sigma: bool = False,
-    on_step: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Images first … first + B - 1 of a seed: x0 [B, C, H, W] fp32, in `steps` forwards.
-
-    sampler: ddpm (ancestral), ddim or dpm++ (2M, arXiv 2211.01095), euler under flow; auto is dpm++ or euler. guidance other
-    than 1 runs the forwards at t from guidance_low to guidance_high of the process (arXiv 2404.07724) on twice the batch, the
-    second half with null_class; the others run on the batch alone. on_step gets the number of forwards done and the x0 they
-    predict. Image n is the same whatever batch or rank draws it. Raises ValueError for what does not go together.
-    """
-    device = torch.device(device)
-    if sampler == "auto":
-        sampler = "euler" if config.kind == "flow" else "dpm++"
-    if sampler not in (("euler",) if config.kind == "flow" else ("ddpm", "ddim", "dpm++")):
-        raise ValueError(
-            f"sampler {sampler!r} does not sample {config.kind}; euler samples flow, ddpm, ddim and dpm++ sample ddpm"
-        )
-    if guidance != 1 and (y is None or null_class is None):
-        raise ValueError(f"guidance {guidance:g} needs labels and a null class")
-    B, C = shape[:2]
-    times = sampling_times(config, steps)
-    to_x0 = _x0_from_prediction(config, times)
-    advance = _solver(
-        config, sampler, times, learn_sigma, [draws.generator(device, seed, "ancestral noise", first + n) for n in range(B)]
-    )
-    x = draws.normal(tuple(shape[1:]), seed, "sample noise", first, B, device)
-    for i, time in enumerate(times):
-        guided = guidance_low <= time / config.timesteps <= guidance_high
-        out = _evaluate(model, x, time, y, guidance if guided else 1, null_class)
-        if out.shape[1] != (2 * C if learn_sigma else C):
-            raise ValueError(f"the network returned {out.shape[1]} channels; expected {2 * C if learn_sigma else C}")
-        prediction, variance = out[:, :C], out[:, C:]
-        x0 = to_x0(i, x, prediction)
-        if config.clip_x0:
-            x0 = x0.clamp(-1, 1)
-        if on_step is not None:
-            on_step(i + 1, x0)
-        if i + 1 < steps:
-            x = advance(i, torch.cat([x0, variance], dim=1) if learn_sigma and sampler == "ddpm" else x0, x)
-    return x0  # every solver's last step goes to t = 0 without noise, which is x0 itself
-
-
-def _evaluate(model: Network, x: Tensor, time: float, y: Tensor | None, guidance: float, null_class: int | None) -> Tensor:
-    B, C = x.shape[:2]
-    if guidance == 1:
-        return model(x, torch.full((B,), time, device=x.device), y).float()
-    assert y is not None
-    assert null_class is not None
-    both = torch.cat([y, torch.full_like(y, null_class)])
-    out = model(torch.cat([x, x]), torch.full((2 * B,), time, device=x.device), both).float()
-    labelled, unlabelled = out.chunk(2)
-    guided = unlabelled[:, :C] + guidance * (labelled[:, :C] - unlabelled[:, :C])
-    return torch.cat([guided, labelled[:, C:]], dim=1)  # guidance is about the mean; the variance stays the labelled one's
-
-
-def _x0_from_prediction(config: DiffusionConfig, times: list[float]) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """The function of (step, x_t, prediction) that returns x0. Its coefficients are host numbers: no step reads the device."""
-    if config.kind == "flow":
-        return lambda i, x, velocity: x - times[i] / config.timesteps * velocity
-    alphas_cumprod = schedule(config)[1].double()[[int(t) for t in times]]
-    signal, noise_level = alphas_cumprod.sqrt().tolist(), (1 - alphas_cumprod).sqrt().tolist()
-    if config.prediction == "epsilon":
-        return lambda i, x, eps: (x - noise_level[i] * eps) / signal[i]
-    if config.prediction == "v":
-        return lambda i, x, v: signal[i] * x - noise_level[i] * v
-    return lambda i, x, x0: x0
-
-
-def _solver(
-    config: DiffusionConfig, sampler: str, times: list[float], learn_sigma: bool, generators: list[torch.Generator]
-) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """The function of (step, x0, x_t) that returns x at the next step's t. Under ddpm x0 may carry the variance's channels."""
-    if sampler == "euler":  # x moves along the straight line through x_t and x0
-        return lambda i, x0, x: x0 + times[i + 1] / times[i] * (x - x0)
-    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-
-    # They are handed x0, not what the network predicts: one clipping rule for all (dpm++ has none of its own).
-    given: dict[str, Any] = {
-        "num_train_timesteps": config.timesteps,
-        "beta_schedule": config.beta_schedule,
-        "prediction_type": "sample",
-    }
-    whole = [int(t) for t in times]
-    if sampler == "ddpm":
-        ddpm: Any = DDPMScheduler(**given, clip_sample=False, variance_type="learned_range" if learn_sigma else "fixed_small")
-        ddpm.set_timesteps(timesteps=whole)
-        return lambda i, x0, x: ddpm.step(x0, whole[i], x, generator=generators).prev_sample
-    # DDIM is DPM-Solver++ of order 1 (arXiv 2211.01095, §4). DDIMScheduler itself always jumps by timesteps // steps, which is
-    # wrong for any spacing but an even one.
-    solver: Any = DPMSolverMultistepScheduler(**given, solver_order=2 if sampler == "dpm++" else 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # diffusers 0.42 hands NumPy a tensor the old way
-        solver.set_timesteps(timesteps=whole)
-    solver.set_begin_index(0)
-    return lambda i, x0, x: solver.step(x0, whole[i], x).prev_sample
 
 
 def _per_image(values: Tensor) -> Tensor:

@@ -16,10 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from fastdit import images, latents, packs, parallel, pictures, vae
+from fastdit import sampling
 from fastdit.command import exit_cleanly, parse
 from fastdit.config import Config, UserError
-from fastdit.parallel import World
+from fastdit.data import encoding, images, vae
+from fastdit.data import pack as packs
+from fastdit.runtime import ranks
+from fastdit.runtime.ranks import World
 
 DESCRIPTION = """Encode a recipe's images into the pack that training reads (which does so by itself where the pack is missing).
 Killed and run again, it goes on where it was, on any number of processes.
@@ -30,22 +33,22 @@ encode.py verify PACK    hash a pack against its manifest instead"""
 def encode(config: Config) -> None:
     """Encode on all ranks, with a progress bar on a terminal, and report what came of it."""
     start = time.perf_counter()
-    world = parallel.init(config.parallel)
+    world = ranks.init(config.parallel)
     with _bar(world.rank == 0) as progress:
-        path = latents.ensure(config, world, progress=progress)
+        path = encoding.ensure(config, world, progress=progress)
     picture = path.with_name(f"{path.name}.round-trip.png")
-    if config.data.vae and not parallel.once(world, picture.exists):  # a function of the pack, as its name is
-        parallel.once(world, lambda: round_trip(config, world, picture))
+    if config.data.vae and not ranks.once(world, picture.exists):  # a function of the pack, as its name is
+        ranks.once(world, lambda: round_trip(config, world, picture))
     if world.rank == 0:
         lines = report(path)
         if config.data.vae:
             lines.append(f"round trip: {picture}, images above what the VAE makes of them")
         print("\n".join([*lines, f"{time.perf_counter() - start:.1f} s in all"]), flush=True)
-    parallel.shutdown()
+    ranks.shutdown()
 
 
 @contextlib.contextmanager
-def _bar(shown: bool) -> Iterator[latents.Progress | None]:
+def _bar(shown: bool) -> Iterator[encoding.Progress | None]:
     """A progress bar on a terminal; elsewhere None, which leaves plain lines."""
     console = Console()
     if not (shown and console.is_terminal):
@@ -71,8 +74,8 @@ def round_trip(config: Config, world: World, picture: Path, most: int = 8) -> No
     seen = torch.from_numpy(np.stack(list(itertools.islice(good, most)))).permute(0, 3, 1, 2)
     autoencoder = vae.load(config.data, world.device)
     mean, _ = autoencoder.moments(packs.normalise(seen.to(world.device))).bfloat16().float().chunk(2, dim=1)
-    back = pictures.to_uint8(autoencoder.decode((mean - autoencoder.shift) * autoencoder.scale))
-    pictures.save_png(make_grid(torch.cat([seen, back]), nrow=len(seen), padding=2, pad_value=255), picture)
+    back = sampling.to_uint8(autoencoder.decode((mean - autoencoder.shift) * autoencoder.scale))
+    sampling.save_png(make_grid(torch.cat([seen, back]), nrow=len(seen), padding=2, pad_value=255), picture)
 
 
 def report(path: Path) -> list[str]:
@@ -127,7 +130,7 @@ def _main() -> None:
 
 
 def main() -> None:
-    exit_cleanly(lambda: parallel.as_one(_main), rank=int(os.environ.get("RANK", 0)))
+    exit_cleanly(lambda: ranks.as_one(_main), rank=int(os.environ.get("RANK", 0)))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,15 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastdit import command, inception, metrics, parallel, pictures, quality, vae
+from fastdit import command, sampling
 from fastdit.config import Config, UserError
-from fastdit.gauges import precision
+from fastdit.data import vae
 from fastdit.model import DiT
-from fastdit.parallel import World
+from fastdit.quality import evaluation, fid, scores
+from fastdit.runtime import ranks
+from fastdit.runtime.hardware import precision
+from fastdit.runtime.ranks import World
+from fastdit.weights.folder import find_weights, home_of, load_model
 
 CHUNK = 256  # pictures between two commits; what a kill can cost each process
 OFFLINE_NUM = 5_000  # pictures and real images that the offline metric compares at most
@@ -62,12 +66,12 @@ def main() -> None:
     def run() -> None:
         evaluate(command.parse_args(Options, sys.argv[1:], "fastdit/evaluate.py", __doc__ or ""))
 
-    command.exit_cleanly(lambda: parallel.as_one(run), rank)
+    command.exit_cleanly(lambda: ranks.as_one(run), rank)
 
 
 def evaluate(options: Options) -> None:
     """Make what pictures are not there yet, all processes together; then the first one measures."""
-    weights, config = pictures.locate(Path(options.source))
+    weights, config = find_weights(Path(options.source))
     config = chosen(config, options)
     # "auto" is what can be had for small images without a download, and what the field reports for others.
     small = max(config.data.image_size) <= 64 or bool(options.reference)
@@ -75,18 +79,18 @@ def evaluate(options: Options) -> None:
     num = options.num_images or (2_000 if metric == "offline" else 50_000)
     require(metric)
 
-    world = parallel.init(config.parallel)
+    world = ranks.init(config.parallel)
     console = Console(quiet=world.rank > 0)
-    folder = parallel.once(world, lambda: prepare(options, config, weights, world.device))
-    missing = parallel.once(world, lambda: [c for c in chunks(num) if not whole(folder / name(c), c, config)])
+    folder = ranks.once(world, lambda: prepare(options, config, weights, world.device))
+    missing = ranks.once(world, lambda: [c for c in chunks(num) if not whole(folder / name(c), c, config)])
     mine = missing[world.rank :: world.size]
     if missing:
-        model = parallel.every(world, lambda: pictures.load(weights, config, world))
-        autoencoder = parallel.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
+        model = ranks.every(world, lambda: load_model(weights, config, world))
+        autoencoder = ranks.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
         for chunk in track(mine, "sampling", console=console, disable=not console.is_terminal):
             make(folder / name(chunk), chunk, model, config, autoencoder, world, options)
         del model, autoencoder
-    parallel.shutdown()  # nobody waits for the first process to measure
+    ranks.shutdown()  # nobody waits for the first process to measure
     if world.rank == 0:
         measure(options, config, weights, Chunks([folder / name(c) for c in chunks(num)]), metric, folder, world, console)
 
@@ -100,15 +104,15 @@ def chosen(config: Config, options: Options) -> Config:
         raise UserError(f"--batch is {options.batch}; it must be positive")
     if 0 < options.num_images < 16:
         raise UserError(f"--num_images is {options.num_images}; a metric needs at least 16 pictures")
-    return pictures.chosen(config, options, run={"seed": options.seed})
+    return command.chosen(config, options, run={"seed": options.seed})
 
 
 def require(metric: str) -> None:
     """Raise UserError, one line, where a metric's packages are not installed: before a picture is made."""
     if metric in ("offline", "both"):
-        metrics.require()
+        scores.require()
     if metric in ("fidelity", "both"):
-        inception.require()
+        fid.require()
 
 
 # --- pictures, in chunks on the disk ---
@@ -143,7 +147,7 @@ def prepare(options: Options, config: Config, weights: Path, device: torch.devic
     }
     del follows_from["sample"]["num"]
     text = json.dumps(follows_from, indent=2, sort_keys=True)
-    root = Path(options.out) if options.out else pictures.home(weights) / "evaluations"
+    root = Path(options.out) if options.out else home_of(weights) / "evaluations"
     seen = images_seen(weights)
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     folder = root / f"{weights.stem if seen is None else f'{seen:012d}'}-{key}"
@@ -168,7 +172,7 @@ def make(
 ) -> None:
     """Make a chunk's pictures and keep them, all at once or not at all."""
     parts = [
-        pictures.make(
+        sampling.make(
             model,
             config,
             autoencoder,
@@ -219,26 +223,26 @@ def measure(
     console: Console,
 ) -> None:
     """Score the pictures, print the figures, keep them in the run's evaluations.jsonl and its curve."""
-    seen, home = images_seen(weights), pictures.home(weights)
+    seen, home = images_seen(weights), home_of(weights)
     console.print(f"{len(made):,} pictures of {weights}: {folder}", highlight=False, soft_wrap=True)
     if options.npz:
         path = folder / f"pictures-{len(made)}x{config.data.image_size[0]}x{config.data.image_size[1]}x3.npz"
         write_npz(path, made)
         console.print(f"for the ADM suite: {path}", highlight=False, soft_wrap=True)
     if metric in ("offline", "both"):
-        judge = quality.open_judge(config, min(len(made), OFFLINE_NUM), world.device, options.reference)
-        found = quality.line(config, seen, judge, made.first(judge.num))
-        quality.record(home, found)
-        console.print(quality.say(found), highlight=False, soft_wrap=True)
+        judge = evaluation.open_judge(config, min(len(made), OFFLINE_NUM), world.device, options.reference)
+        found = evaluation.line(config, seen, judge, made.first(judge.num))
+        evaluation.record(home, found)
+        console.print(evaluation.say(found), highlight=False, soft_wrap=True)
         console.print("these figures are not comparable with published FID or KID", highlight=False)
     if metric in ("fidelity", "both"):
-        real = inception.Real(*quality.references(config, options.reference_num, options.reference))
+        real = fid.Real(*evaluation.references(config, options.reference_num, options.reference))
         found = {
-            **quality.how(config, seen, "fidelity", len(made), options.seed),
+            **evaluation.how(config, seen, "fidelity", len(made), options.seed),
             "against": f"{len(real):,} images of {real.source.name}",
-            **inception.fidelity(made, real, world.device, options.batch),
+            **fid.fidelity(made, real, world.device, options.batch),
         }
-        quality.record(home, found)
+        evaluation.record(home, found)
         figures = "  ".join(f"{key} {found[key]:.4f}" for key in ("fid", "inception_kid", "precision", "recall"))
         console.print(f"{figures}  on {len(made):,} pictures against {found['against']}", highlight=False, soft_wrap=True)
 

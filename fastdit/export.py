@@ -1,4 +1,4 @@
-"""Take weights out: a folder for DiT.from_pretrained and sample.py, a DiTPipeline of diffusers, or a pipeline of our own.
+"""Take weights out: a folder for from_pretrained and sample.py, a DiTPipeline of diffusers, or a pipeline of our own.
 
 fastdit     model.safetensors and config.json: also what train.py's runs and converted weights are sampled from
 diffusers   diffusers' DiTPipeline, for models that its class can express to the bit
@@ -20,13 +20,15 @@ import tyro
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
-from fastdit import command, pretrained, vae
+from fastdit import command
 from fastdit import config as configs
 from fastdit.config import Config, ModelConfig, UserError
-from fastdit.foreign import sinusoids
-from fastdit.manifest import read_sums, verify
+from fastdit.data import vae
 from fastdit.model import DiT
-from fastdit.weights import contents, load_weights
+from fastdit.runtime.files import read_sums, verify
+from fastdit.runtime.tensors import contents, load_weights
+from fastdit.weights import folder
+from fastdit.weights.foreign import sinusoids
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ def export(options: Options) -> Path:
         raise UserError(f"{out} exists and is not empty; choose another --out")
     with torch.device("meta"):
         model = DiT(trained.config.model, REFERENCE)
-    model.assign(trained.tensors, str(trained.run), torch.float32)
+    folder.assign(model, trained.tensors, str(trained.run), torch.float32)
     if options.format == "fastdit":
-        model.save_pretrained(out, trained.config)
+        folder.save_pretrained(model, out, trained.config)
     elif options.format == "diffusers":
         save_diffusers(model, trained.config, out)
     else:
@@ -79,7 +81,7 @@ def export(options: Options) -> Path:
     write_card(trained, options, out, sum(p.numel() for p in model.parameters()))
     print(f"{options.format}: {out}")
     if options.push:
-        print(f"uploaded: {pretrained.upload(out, options.push, private=options.private)}")
+        print(f"uploaded: {folder.upload(out, options.push, private=options.private)}")
     return out
 
 
@@ -90,10 +92,10 @@ def find(source: Path, weights: str) -> Trained:
     """The newest checkpoint of a run, or a given one, with its bytes verified; or an exported folder. Raises UserError."""
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; name a run, one of its checkpoints, or an exported folder")
-    if (source / pretrained.WEIGHTS).is_file():
+    if (source / folder.WEIGHTS).is_file():
         if weights == "live":
             raise UserError(f"{source} holds one set of weights; --weights live needs a run")
-        return Trained(configs.load(source / pretrained.CONFIG), load_weights(source / pretrained.WEIGHTS)[0], source, None)
+        return Trained(configs.load(source / folder.CONFIG), load_weights(source / folder.WEIGHTS)[0], source, None)
     found = sorted(source.glob("checkpoints/[0-9]*[0-9]"))
     checkpoint = found[-1] if found else source
     run = checkpoint.resolve().parents[1]
@@ -142,7 +144,7 @@ def save_diffusers(model: DiT, config: Config, out: Path) -> None:
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
     from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 
-    from fastdit.pipeline import scheduler_of
+    from fastdit.weights.pipeline import scheduler_of
 
     transformer = DiTTransformer2DModel(**about)
     transformer.load_state_dict(state)
@@ -152,7 +154,7 @@ def save_diffusers(model: DiT, config: Config, out: Path) -> None:
 
 def save_pipeline(model: DiT, config: Config, out: Path) -> None:
     """Write a FastDiTPipeline."""
-    from fastdit.pipeline import FastDiTModel, FastDiTPipeline, scheduler_of
+    from fastdit.weights.pipeline import FastDiTModel, FastDiTPipeline, scheduler_of
 
     autoencoder: Any = vae.load(config.data, torch.device("cpu")).autoencoder if config.data.vae else None
     transformer = FastDiTModel(dataclasses.asdict(config.model))
@@ -213,15 +215,15 @@ def to_diffusers(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[dict[
 # --- the card ---
 
 OPEN = {
-    "fastdit": """from fastdit.model import DiT
+    "fastdit": """from fastdit.weights.folder import from_pretrained
 
-model = DiT.from_pretrained("{out}")  # model(x, t, y)""",
+model, config = from_pretrained("{out}")  # model(x, t, y)""",
     "diffusers": """from diffusers import DiTPipeline
 
 pipe = DiTPipeline.from_pretrained("{out}")
 # Its guidance takes the null class to be number 1,000; with another number of classes leave it off.
 pipe({labels}, guidance_scale=1.0, num_inference_steps=20).images""",
-    "pipeline": """from fastdit.pipeline import FastDiTPipeline
+    "pipeline": """from fastdit.weights.pipeline import FastDiTPipeline
 
 pipe = FastDiTPipeline.from_pretrained("{out}")
 pipe({labels}num_inference_steps=20).images""",

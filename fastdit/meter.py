@@ -22,8 +22,8 @@ from rich.table import Column
 from torch import Tensor
 
 from fastdit.config import LogConfig
-from fastdit.gauges import Energy, memory_gib, peak_tflops
-from fastdit.trackers import Trackers, require_wandb
+from fastdit.runtime.hardware import Energy, memory_gib, peak_tflops
+from fastdit.runtime.trackers import Trackers, require_wandb
 
 
 class Meter:

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastdit.config import Config, ModelConfig, UserError
-from fastdit.draws import generator
-from fastdit.gauges import compute_dtype
-from fastdit.pretrained import Pretrained, fill
+from fastdit.runtime.hardware import compute_dtype
+from fastdit.runtime.rng import generator
+from fastdit.runtime.sharding import fill
 
 FREQUENCIES = 256  # sinusoids that embed the timestep
 
@@ -118,14 +118,14 @@ class FinalLayer(nn.Module):
         return self.linear(m.to(modulation.dtype))
 
 
-class DiT(Pretrained):
+class DiT(nn.Module):
     """The whole network. `ops` computes its fused parts; `recompute` trades a second forward of the blocks for memory.
 
     residual: dtype of the residual stream; None is the parameters'.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops, recompute: bool = False, residual: torch.dtype | None = None):
-        super().__init__(config, ops)
+        super().__init__()
         self.config, self.residual = config, residual
         D, L = config.width, config.depth
         rows, columns = (side // config.patch for side in config.input_size)

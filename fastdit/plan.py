@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from fastdit import command, costs, footprint
+from fastdit import command
 from fastdit import config as configs
 from fastdit.config import RECIPES, Config, UserError
-from fastdit.costs import Bound, Cluster
-from fastdit.gpus import GPUS
 from fastdit.model import train_flops_per_image
+from fastdit.planning import costs
+from fastdit.planning import memory as footprint
+from fastdit.planning.costs import Bound, Cluster
+from fastdit.planning.gpus import GPUS
 
 GIB = 2**30
 

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastdit import charts, command, quality
+from fastdit import command
 from fastdit import config as configs
-from fastdit.charts import Chart, Line
 from fastdit.config import Config, UserError
+from fastdit.quality import charts, evaluation
+from fastdit.quality.charts import Chart, Line
 
 LIMIT = 1 << 28  # bytes of metrics.jsonl
 LIMIT_GRID = 1 << 25  # bytes of one grid
@@ -57,11 +58,11 @@ def report(options: Options) -> Path:
     lines = read_lines(folder / "metrics.jsonl")
     if not lines:
         raise UserError(f"{folder} has no line of metrics yet")
-    page = html(folder.resolve().name, config, lines, quality.evaluations(folder), grids(folder / "samples", options.grids))
+    page = html(folder.resolve().name, config, lines, evaluation.evaluations(folder), grids(folder / "samples", options.grids))
     out = Path(options.out) if options.out else folder / "report.html"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        quality.write(out, page)
+        evaluation.write(out, page)
     except OSError as error:
         raise UserError(f"{out} was not written: {error.strerror or error}") from None
     return out
@@ -75,7 +76,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(errors="replace")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    return [value for value in quality.json_lines(text) if isinstance(value.get("images"), int)]
+    return [value for value in evaluation.json_lines(text) if isinstance(value.get("images"), int)]
 
 
 def grids(folder: Path, most: int) -> list[tuple[int, bytes]]:
@@ -95,7 +96,7 @@ def html(
 ) -> str:
     parts = [f"<h1>{escape(name)}</h1>", table(facts(config, lines)), "<h2>Training</h2>", charts.svg(training(lines))]
     if evaluations:
-        parts += ["<h2>Quality</h2>", charts.svg(quality.curves(evaluations)), table(scores(evaluations))]
+        parts += ["<h2>Quality</h2>", charts.svg(evaluation.curves(evaluations)), table(scores(evaluations))]
         parts.append("<p>Figures of the offline metric are not comparable with published FID or KID.</p>")
     if grids:
         parts.append("<h2>Samples over time</h2><p>EMA weights, the same noise each time.</p><div class=grids>")
@@ -115,7 +116,7 @@ def training(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """What the meter wrote, over images seen. The first line's throughput has compilation in it and is left out."""
 
     def chart(title: str, key: str, factor: float = 1.0, logarithmic: bool = False, skip: int = 0) -> Chart:
-        points = [(x, factor * y) for x, y in quality.points(lines[skip:], key)]
+        points = [(x, factor * y) for x, y in evaluation.points(lines[skip:], key)]
         return Chart(title, [Line(key, points)], logarithmic)
 
     paced = 1 if len(lines) > 1 else 0
@@ -145,7 +146,7 @@ def facts(config: Config, lines: Sequence[Mapping[str, Any]]) -> list[list[str]]
     ]
     if isinstance(seconds, int | float) and seconds > 0:
         found.append(["training time", f"{seconds / 60:,.1f} min, {done / seconds:,.1f} images per second over all"])
-    loss = quality.points(lines, "loss")
+    loss = evaluation.points(lines, "loss")
     if loss:
         tail = loss[-max(1, len(loss) // 20) :]
         found.append(["loss at the end", f"{sum(y for _, y in tail) / len(tail):.4f}"])
@@ -161,7 +162,7 @@ def facts(config: Config, lines: Sequence[Mapping[str, Any]]) -> list[list[str]]
 
 def scores(evaluations: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A row for each evaluation, real images' own figures in brackets."""
-    names = [n for n in quality.TITLES if any(isinstance(e.get(n), int | float) for e in evaluations)]
+    names = [n for n in evaluation.TITLES if any(isinstance(e.get(n), int | float) for e in evaluations)]
     rows = [["images seen", *names, "pictures", "against"]]
     for e in evaluations:
         cells = []

@@ -14,8 +14,11 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from fastdit import command, parallel, pictures, vae
+from fastdit import command, sampling
 from fastdit.config import Config, UserError
+from fastdit.data import vae
+from fastdit.runtime import ranks
+from fastdit.weights.folder import find_weights, home_of, load_model
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def main() -> None:
     def run() -> None:
         sample(command.parse_args(Options, sys.argv[1:], "fastdit/sample.py", __doc__ or ""))
 
-    command.exit_cleanly(lambda: parallel.as_one(run), rank)
+    command.exit_cleanly(lambda: ranks.as_one(run), rank)
 
 
 def sample(options: Options) -> None:
@@ -56,22 +59,22 @@ def sample(options: Options) -> None:
     for name in ("first", "steps", "guidance"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name} is {getattr(options, name)}; it must not be negative")
-    weights, config = pictures.locate(Path(options.source))
-    config = pictures.chosen(config, options)
+    weights, config = find_weights(Path(options.source))
+    config = command.chosen(config, options)
     if options.label >= max(config.model.num_classes, 1):
         raise UserError(f"--label is {options.label}; the model has classes 0 … {config.model.num_classes - 1}")
 
-    world = parallel.init(config.parallel)
-    model = parallel.every(world, lambda: pictures.load(weights, config, world))
+    world = ranks.init(config.parallel)
+    model = ranks.every(world, lambda: load_model(weights, config, world))
     if options.compile:
-        pictures.compiled(model, world.device)
-    autoencoder = parallel.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
+        sampling.compiled(model, world.device)
+    autoencoder = ranks.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
     share = -(-options.num_images // world.size)
     mine = range(options.first + world.rank * share, options.first + min((world.rank + 1) * share, options.num_images))
     starts = range(mine.start, mine.stop, options.batch)
     console = Console(quiet=world.rank > 0)
     parts = [
-        pictures.make(
+        sampling.make(
             model,
             config,
             autoencoder,
@@ -83,11 +86,11 @@ def sample(options: Options) -> None:
         )
         for start in track(starts, "sampling", console=console, disable=not console.is_terminal)
     ]
-    images = torch.cat([part for parts in parallel.gather(world, parts) for part in parts])
-    out = parallel.once(
-        world, lambda: write(images, Path(options.out) if options.out else pictures.home(weights) / "pictures", config, options)
+    images = torch.cat([part for parts in ranks.gather(world, parts) for part in parts])
+    out = ranks.once(
+        world, lambda: write(images, Path(options.out) if options.out else home_of(weights) / "pictures", config, options)
     )
-    parallel.shutdown()
+    ranks.shutdown()
     console.print(f"{len(images)} pictures of {weights}: {out}", highlight=False, soft_wrap=True)
 
 
@@ -101,10 +104,10 @@ def write(images: torch.Tensor, out: Path, config: Config, options: Options) -> 
     how += f"-class{options.label}" if options.label >= 0 else ""
     last = options.first + len(images) - 1
     grid = out / f"{how}-{options.first}to{last}.png"
-    pictures.save_grid(images, grid)
+    sampling.save_grid(images, grid)
     if options.singles:
         for number, image in enumerate(images, options.first):
-            pictures.save_png(image, out / how / f"{number:06d}.png")
+            sampling.save_png(image, out / how / f"{number:06d}.png")
     return grid
 
 

@@ -17,19 +17,24 @@ from fastdit_kernels.cpu import CPU
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
-from fastdit import command, footprint, latents, parallel, pictures, quality, vae
+from fastdit import command, sampling
 from fastdit import config as configs
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, RankError, UserError
+from fastdit.data import encoding, vae
 from fastdit.diffusion import Objective
-from fastdit.gauges import has_bf16, peak_tflops, precision
 from fastdit.meter import Meter, summary
 from fastdit.model import DiT, choose_ops, on_kernels, residual_dtype, train_flops_per_image
 from fastdit.optim import Optimizer, lr_at
-from fastdit.parallel import World
-from fastdit.profiler import Profiler
-from fastdit.trackers import require_wandb
-from fastdit.weights import load_weights
+from fastdit.planning import memory as footprint
+from fastdit.quality import evaluation
+from fastdit.runtime import ranks, sharding
+from fastdit.runtime.hardware import has_bf16, peak_tflops, precision
+from fastdit.runtime.profiler import Profiler
+from fastdit.runtime.ranks import World
+from fastdit.runtime.tensors import load_weights
+from fastdit.runtime.trackers import require_wandb
+from fastdit.weights.folder import copy_into
 
 
 def main() -> None:
@@ -40,14 +45,14 @@ def main() -> None:
     def run() -> int:
         return train(command.parse(sys.argv[1:], "torchrun fastdit/train.py", description))
 
-    command.exit_cleanly(lambda: parallel.as_one(run), rank)
+    command.exit_cleanly(lambda: ranks.as_one(run), rank)
 
 
 def step(
     model: DiT,
     objective: Objective,
     optimizer: Optimizer,
-    pack: latents.Pack,
+    pack: encoding.Pack,
     config: Config,
     world: World,
     images_seen: int,
@@ -59,7 +64,7 @@ def step(
     batch, accum = config.train.batch, config.train.grad_accum
     mean_loss = torch.zeros((), device=world.device)
     for micro in range(accum):
-        parallel.communicate(model, last=micro == accum - 1)
+        sharding.communicate(model, last=micro == accum - 1)
         first = images_seen + (micro * world.size + world.rank) * batch  # this rank's images of the micro-step, by number
         x0, y = pack.batch(first, batch)
         loss = objective.loss(model, x0, y if config.model.num_classes else None, config.run.seed, first) / accum
@@ -97,15 +102,15 @@ def says_what_fits(train: Callable[[Config], int]) -> Callable[[Config], int]:
 @says_what_fits
 def train(config: Config) -> int:
     """The whole run, from wherever it stands to its last image. Returns 0, or 128 + the signal that stopped it."""
-    world = parallel.init(config.parallel)
-    config, folder = parallel.once(world, lambda: open_run(config))
+    world = ranks.init(config.parallel)
+    config, folder = ranks.once(world, lambda: open_run(config))
     choose_ops(config, world.device)  # what cannot be had is said before anything touches the disk
     require_wandb(config.log.wandb)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     batch = config.train.batch * config.train.grad_accum * world.size
 
-    pack = parallel.every(world, lambda: latents.open_pack(config, world))
-    stop = parallel.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
+    pack = ranks.every(world, lambda: encoding.open_pack(config, world))
+    stop = ranks.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
     model = build(config, world)
     optimizer = Optimizer(model, config.train, batch, kernel=on_kernels(config, world.device))
     m = config.model
@@ -119,9 +124,9 @@ def train(config: Config) -> int:
 
     checkpoints = Checkpoints(folder / "checkpoints", config.log.keep, timeout=timeout)
     images_seen = resume(checkpoints, optimizer, batch)
-    autoencoder = parallel.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
-    judge = parallel.every(world, lambda: open_judge(config, world)) if config.eval.every_images else None
-    parallel.once(world, lambda: start_run(config, folder))
+    autoencoder = ranks.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
+    judge = ranks.every(world, lambda: open_judge(config, world)) if config.eval.every_images else None
+    ranks.once(world, lambda: start_run(config, folder))
     meter = Meter(
         folder,
         config.log,
@@ -145,12 +150,12 @@ def train(config: Config) -> int:
 
     def evaluate() -> None:
         with meter.paused(), optimizer.ema.applied(model):
-            images = quality.draw(model, config, autoencoder, world, config.eval.num)
+            images = evaluation.draw(model, config, autoencoder, world, config.eval.num)
             if judge is not None:
-                found = quality.line(config, images_seen, judge, images)
-                quality.record(folder, found)
-                meter.say(quality.say(found))
-                meter.trackers.scalars(images_seen, quality.scalars(found))
+                found = evaluation.line(config, images_seen, judge, images)
+                evaluation.record(folder, found)
+                meter.say(evaluation.say(found))
+                meter.trackers.scalars(images_seen, evaluation.scalars(found))
 
     def save() -> None:
         with meter.paused():
@@ -189,7 +194,7 @@ def train(config: Config) -> int:
     profiler.close()
     meter.close()
     pack.close()
-    parallel.shutdown()
+    ranks.shutdown()
     if world.rank == 0:
         print(
             f"stopped by signal {signalled} at" if signalled else "finished:", f"{images_seen:,} images, {folder}", flush=True
@@ -197,7 +202,7 @@ def train(config: Config) -> int:
     return 128 + signalled if signalled else 0
 
 
-def describe(config: Config, world: World, pack: latents.Pack, model: DiT, images_seen: int, folder: Path) -> None:
+def describe(config: Config, world: World, pack: encoding.Pack, model: DiT, images_seen: int, folder: Path) -> None:
     """What is about to run, once, before it does."""
     if world.rank:
         return
@@ -223,7 +228,7 @@ def describe(config: Config, world: World, pack: latents.Pack, model: DiT, image
         dataset=f"{seen.count:,} images, {seen.num_classes} classes, {'resident' if pack.resident else 'read ahead from disk'}",
         kernels={REFERENCE.ln_modulate: "PyTorch reference", CPU.ln_modulate: "PyTorch"}.get(chosen.ln_modulate, "Triton"),
         attention="eager" if chosen.attention is eager else "SDPA" if chosen.attention is sdpa else "flash-attn",
-        precision=numbers + (", compiled" if parallel.compiles(config.parallel, world.device) else ""),
+        precision=numbers + (", compiled" if sharding.compiles(config.parallel, world.device) else ""),
         peak=peak_tflops(name, config.log.peak_tflops),
         resumed_images=images_seen,
     )
@@ -286,18 +291,18 @@ def resume(checkpoints: Checkpoints, optimizer: Optimizer, batch: int) -> int:
     return images_seen
 
 
-def open_judge(config: Config, world: World) -> quality.Judge | None:
+def open_judge(config: Config, world: World) -> evaluation.Judge | None:
     """What scores the run's pictures, on rank 0 alone."""
-    return None if world.rank else quality.open_judge(config, config.eval.num, world.device, config.eval.reference)
+    return None if world.rank else evaluation.open_judge(config, config.eval.num, world.device, config.eval.reference)
 
 
 def draw_grid(model: DiT, config: Config, autoencoder: vae.VAE | None, world: World, path: Path) -> Path:
     """Each rank makes its share of --sample.num pictures, from the same noise each time; rank 0 writes them as one PNG."""
     share = -(-config.sample.num // world.size)
-    images = pictures.make(model, config, autoencoder, world, first=world.rank * share, count=share, seed=config.run.seed)
-    shares = parallel.gather(world, images)
+    images = sampling.make(model, config, autoencoder, world, first=world.rank * share, count=share, seed=config.run.seed)
+    shares = ranks.gather(world, images)
     if world.rank == 0:
-        pictures.save_grid(torch.cat(shares)[: config.sample.num], path)
+        sampling.save_grid(torch.cat(shares)[: config.sample.num], path)
     return path
 
 
@@ -310,11 +315,11 @@ def build(config: Config, world: World) -> DiT:
             recompute=config.parallel.checkpoint_activations,
             residual=residual_dtype(config),
         )
-    parallel.shard(model, config.parallel, world)
+    sharding.shard(model, config.parallel, world)
     model.init_weights(config.run.seed)
     if config.train.init_from:
         path = Path(config.train.init_from)
-        parallel.every(world, lambda: model.fill(load_weights(path)[0], str(path)))
+        ranks.every(world, lambda: copy_into(model, load_weights(path)[0], str(path)))
     return model
 
 

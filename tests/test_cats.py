@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdit import cats
 from fastdit.config import UserError
+from fastdit.data import cats
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fastdit import charts
-from fastdit.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Line
+from fastdit.quality import charts
+from fastdit.quality.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Line
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 

@@ -22,11 +22,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from fastdit import checkpoint, manifest
+from fastdit import checkpoint
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import TrainConfig, UserError
 from fastdit.optim import Optimizer
-from fastdit.weights import load_weights, save_weights
+from fastdit.runtime import files
+from fastdit.runtime.tensors import load_weights, save_weights
 
 # Rows that no world size divides, fewer rows than ranks, one element, other dtypes; the second is sharded by columns.
 SHAPES = {
@@ -765,6 +766,6 @@ def test_nothing_is_ever_overwritten_or_followed(tmp_path):
     os.symlink(tmp_path / "file", tmp_path / "link")
     for name in ("file", "link"):
         with pytest.raises(FileExistsError):
-            manifest.write_file(tmp_path / name, [b"y"])
+            files.write_file(tmp_path / name, [b"y"])
     assert (tmp_path / "file").read_text() == "x"
     assert checkpoint.FORMAT == 1

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fastdit import command, compare, quality
+from fastdit import command, compare
 from fastdit import config as C
 from fastdit.compare import SUBJECTS, Options
 from fastdit.config import UserError
+from fastdit.quality import evaluation
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
@@ -40,8 +41,8 @@ def test_runs_differ_in_the_subject_alone_and_the_page_has_their_figures(monkeyp
         place = list(SUBJECTS[subject]).index(config.run.name)
         figures = {"kid": 1.5 + place, "kid_floor": -0.001, "swd": 0.25, "swd_floor": 0.05, "coverage": 0.75}
         figures |= {"coverage_floor": 0.97, "nearest": 12.34, "nearest_floor": 9.5}
-        settings = {**quality.how(config, 640, "offline", 32, 0), "against": "32 images of 64 held-out embedded cats"}
-        quality.record(folder, {**settings, **figures})
+        settings = {**evaluation.how(config, 640, "offline", 32, 0), "against": "32 images of 64 held-out embedded cats"}
+        evaluation.record(folder, {**settings, **figures})
 
     monkeypatch.setattr(compare, "train", train)
     page = compare.compare(options).read_text()

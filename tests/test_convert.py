@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from fastdit import config as C
 from fastdit.config import SIZES, UserError
 from fastdit.convert import Options, convert, read, read_diffusers
-from fastdit.foreign import from_diffusers, from_facebook, from_seed
 from fastdit.model import DiT, position_embedding
-from fastdit.pickles import Inert, load_pickled, parse
-from fastdit.weights import save_weights
+from fastdit.runtime.tensors import save_weights
+from fastdit.weights.folder import from_pretrained
+from fastdit.weights.foreign import from_diffusers, from_facebook, from_seed
+from fastdit.weights.pickles import Inert, load_pickled, parse
 
 D, L, H, T = 48, 2, 3, 16  # a width, blocks, heads and tokens that are no size of the paper's
 ROOT = Path(__file__).parent.parent
@@ -320,7 +321,7 @@ def test_a_lightning_checkpoint_becomes_a_folder_that_samples(tmp_path, monkeypa
     lightning(tmp_path / "dit.ckpt", w)
     monkeypatch.delitem(sys.modules, DiTConfig.__module__)  # as where the seed's code is not installed
     out = convert(Options(str(tmp_path / "dit.ckpt")))
-    model = DiT.from_pretrained(out)
+    model, _ = from_pretrained(out)
     expected = ours(from_seed(w, num_heads=H))
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 4])
     assert torch.equal(model(x, t, y), expected(x, t, y))
@@ -342,10 +343,9 @@ def test_a_facebook_checkpoint_gives_its_ema_or_its_weights(tmp_path):
         (Options(str(tmp_path / "plain.pt"), num_heads=H), a),
         (Options(str(tmp_path / "plain.safetensors"), str(tmp_path / "from safetensors"), num_heads=H), a),
     ):
-        model, expected = DiT.from_pretrained(convert(options)), ours(from_facebook(wanted, H))
+        (model, run), expected = from_pretrained(convert(options)), ours(from_facebook(wanted, H))
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
-    assert model.run is not None
-    assert (model.run.diffusion.beta_schedule, model.run.data.vae) == ("linear", "stabilityai/sd-vae-ft-ema")
+    assert (run.diffusion.beta_schedule, run.data.vae) == ("linear", "stabilityai/sd-vae-ft-ema")
 
 
 def test_a_pipeline_folder_says_how_it_was_trained(tmp_path):

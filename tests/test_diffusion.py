@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdit import draws
 from fastdit.config import DiffusionConfig
 from fastdit.diffusion import Objective, schedule
+from fastdit.runtime import rng as draws
 
 PREDICTIONS = ("epsilon", "v", "x0")
 SHAPE = (3, 4, 6)

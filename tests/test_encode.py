@@ -10,9 +10,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from fastdit import cats, encode, latents, packs
+from fastdit import encode
 from fastdit.config import RECIPES, replace
-from fastdit.parallel import World
+from fastdit.data import cats, encoding
+from fastdit.data import pack as packs
+from fastdit.runtime.ranks import World
 
 
 def verb(*arguments: str) -> None:
@@ -63,7 +65,7 @@ def test_latents_are_reported_with_their_statistics(pictures, vae_folder, tmp_pa
     model = {"input_size": (8, 8), "channels": 2, "num_classes": 0}
     config = replace(RECIPES["cats"], data=data | {"packs": str(tmp_path / "packs")}, model=model)
     world = World(0, 1, 0, 1, torch.device("cpu"))
-    path = latents.ensure(config, world, lambda line: None)
+    path = encoding.ensure(config, world, lambda line: None)
     lines = encode.report(path)
     assert lines[1:5] == [
         f"rows: bfloat16 [2, 4, 8, 8], moments of {vae_folder}",

@@ -12,10 +12,13 @@ import torch
 from rich.console import Console
 
 from fastdit import config as C
-from fastdit import evaluate, inception, metrics, parallel, pictures, quality, train
+from fastdit import evaluate, sampling, train
 from fastdit.config import Config, UserError
+from fastdit.data.images import open_images
 from fastdit.evaluate import Chunks, Options
-from fastdit.images import open_images
+from fastdit.quality import evaluation, fid, scores
+from fastdit.runtime import ranks
+from fastdit.weights.folder import find_weights, load_model
 
 CPU = torch.device("cpu")
 BATCH, IMAGES, NUM = 16, 96, 40
@@ -42,14 +45,14 @@ def pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def run(config: Config) -> int:
-    metrics.load_network = lambda device: pixels
-    metrics.require = lambda: None
+    scores.load_network = lambda device: pixels
+    scores.require = lambda: None
     return train.train(config)
 
 
 def run_killed(config: Config, after: int) -> int:
     """A run that ends at once when it has made its evaluation number `after`."""
-    record, calls = quality.record, [0]
+    record, calls = evaluation.record, [0]
 
     def killed(*args):
         record(*args)
@@ -57,22 +60,22 @@ def run_killed(config: Config, after: int) -> int:
         if calls[0] == after:
             os._exit(9)
 
-    quality.record = killed
+    evaluation.record = killed
     return run(config)
 
 
 def evaluated(options: Options, chunk: int = 16) -> int:
     """Evaluate, and count the pictures made on this rank."""
-    metrics.load_network = lambda device: pixels
-    metrics.require = lambda: None
+    scores.load_network = lambda device: pixels
+    scores.require = lambda: None
     evaluate.CHUNK = chunk
-    make, made = pictures.make, [0]
+    make, made = sampling.make, [0]
 
     def counted(*args, **options):
         made[0] += options["count"]
         return make(*args, **options)
 
-    pictures.make = counted
+    sampling.make = counted
     evaluate.evaluate(options)
     return made[0]
 
@@ -85,7 +88,7 @@ def folder(run_ranks, tmp_path_factory) -> Path:
 
 
 def lines(folder: Path) -> list[dict]:
-    return [{k: v for k, v in e.items() if k != "time"} for e in quality.evaluations(folder)]
+    return [{k: v for k, v in e.items() if k != "time"} for e in evaluation.evaluations(folder)]
 
 
 def test_training_keeps_a_line_and_a_curve_for_each_evaluation(folder):
@@ -96,27 +99,27 @@ def test_training_keeps_a_line_and_a_curve_for_each_evaluation(folder):
         assert e["kid"] > e["kid_floor"]
         assert 0 <= e["coverage"] <= e["coverage_floor"] <= 1
         assert e["nearest_floor"] > 0
-    curve = (folder / quality.CURVE).read_text()
+    curve = (folder / evaluation.CURVE).read_text()
     assert "KID, EfficientNet-Lite0 features" in curve
     assert "real images" in curve
 
 
 def test_a_line_is_the_metric_of_the_pictures_it_says(folder):
     """The last line once more, from the checkpoint, step by step."""
-    weights, config = pictures.locate(folder)
-    world = parallel.World(0, 1, 0, 1, CPU)
-    model = pictures.load(weights, config, world)
-    images = pictures.make(model, config, None, world, first=0, count=16, seed=config.run.seed)
+    weights, config = find_weights(folder)
+    world = ranks.World(0, 1, 0, 1, CPU)
+    model = load_model(weights, config, world)
+    images = sampling.make(model, config, None, world, first=0, count=16, seed=config.run.seed)
     real = list(open_images(C.replace(config, data={"num_images": 32}).data, held_out=True).read(0, 32))
     real = torch.stack([torch.from_numpy(e.image).permute(2, 0, 1) for e in real])
-    order = torch.tensor(quality.draws.order(0, 3, 32).tolist())
+    order = torch.tensor(evaluation.draws.order(0, 3, 32).tolist())
     ours, others = real[order[:16]], real[order[16:]]
     last = lines(folder)[-1]
-    assert last["kid"] == pytest.approx(metrics.kid(pixels(images), pixels(ours)), rel=1e-6)
-    assert last["kid_floor"] == pytest.approx(metrics.kid(pixels(others), pixels(ours)), rel=1e-6)
-    assert last["coverage"] == metrics.coverage(pixels(images), pixels(ours))
+    assert last["kid"] == pytest.approx(scores.kid(pixels(images), pixels(ours)), rel=1e-6)
+    assert last["kid_floor"] == pytest.approx(scores.kid(pixels(others), pixels(ours)), rel=1e-6)
+    assert last["coverage"] == scores.coverage(pixels(images), pixels(ours))
     training = torch.stack([torch.from_numpy(e.image).permute(2, 0, 1) for e in open_images(config.data).read(0, 120)])
-    assert last["nearest"] == pytest.approx(metrics.nearest(images, training).median().item(), rel=1e-6)
+    assert last["nearest"] == pytest.approx(scores.nearest(images, training).median().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("after", [1, 2])
@@ -160,15 +163,15 @@ def test_pictures_are_the_same_on_any_ranks_and_none_is_made_twice(folder, run_r
     assert stored(tmp_path / "two") == one
 
     whole = np.concatenate([np.load(home / n) for n in sorted(one)])
-    weights, config = pictures.locate(folder)
+    weights, config = find_weights(folder)
     config = C.replace(config, run={"seed": 0})
-    model = pictures.load(weights, config, parallel.World(0, 1, 0, 1, CPU))
-    want = pictures.make(model, config, None, parallel.World(0, 1, 0, 1, CPU), first=24, count=8, seed=0)
+    model = load_model(weights, config, ranks.World(0, 1, 0, 1, CPU))
+    want = sampling.make(model, config, None, ranks.World(0, 1, 0, 1, CPU), first=24, count=8, seed=0)
     assert np.array_equal(whole[24:32], want.numpy())
 
 
 def test_other_settings_and_weights_have_folders_of_their_own(folder, tmp_path):
-    weights, config = pictures.locate(folder)
+    weights, config = find_weights(folder)
 
     def home(**changed):
         options = Options(str(folder), out=str(tmp_path), **{"precision": "bf16", **changed})
@@ -209,30 +212,30 @@ def test_the_metric_is_recorded_once_and_printed_with_its_floor(folder, run_rank
 
 
 def test_a_folder_of_ones_own_is_compared_with_or_the_training_images(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "load_network", lambda device: pixels)
-    monkeypatch.setattr(metrics, "require", lambda: None)
+    monkeypatch.setattr(scores, "load_network", lambda device: pixels)
+    monkeypatch.setattr(scores, "require", lambda: None)
     cats = torch.stack([torch.from_numpy(e.image) for e in open_images(tiny(tmp_path).data).read(0, 60)])
     for i, image in enumerate(cats):
         place = tmp_path / "mine" / ("a" if i < 30 else "b") / f"{i:03d}.png"
-        pictures.save_png(image.permute(2, 0, 1), place)
+        sampling.save_png(image.permute(2, 0, 1), place)
     (tmp_path / "mine" / "a" / "bad.png").write_bytes(b"no image")
 
-    held = quality.open_judge(tiny(tmp_path), 500, CPU, str(tmp_path / "mine"))
+    held = evaluation.open_judge(tiny(tmp_path), 500, CPU, str(tmp_path / "mine"))
     assert held.against == f"30 images of {tmp_path / 'mine'}"
     assert held.floor.nearest == 0  # these are training images after all, and the floor tells
     own = tiny(tmp_path, data={"source": "folder", "path": str(tmp_path / "mine"), "num_images": 0})
-    judge = quality.open_judge(own, 500, CPU)
+    judge = evaluation.open_judge(own, 500, CPU)
     assert judge.against == f"30 training images of {tmp_path / 'mine'}"
     assert judge.floor.nearest is None
     assert judge.training.shape == (60, 3, 32, 32)
-    line = quality.line(own, 10, judge, cats.permute(0, 3, 1, 2)[:25])
+    line = evaluation.line(own, 10, judge, cats.permute(0, 3, 1, 2)[:25])
     assert line["nearest_floor"] is None
-    assert "nearest 0.0  on 25" in quality.say(line)
-    flipped = quality.open_judge(C.replace(own, data={"hflip": True}), 500, CPU)
+    assert "nearest 0.0  on 25" in evaluation.say(line)
+    flipped = evaluation.open_judge(C.replace(own, data={"hflip": True}), 500, CPU)
     assert flipped.training.shape == (120, 3, 32, 32)
     few = C.replace(own, data={"num_images": 5})
     with pytest.raises(UserError, match="5 images; a comparison needs at least 12"):
-        quality.open_judge(few, 500, CPU)
+        evaluation.open_judge(few, 500, CPU)
 
 
 # --- torch-fidelity ---
@@ -280,11 +283,11 @@ def test_fidelity_is_asked_for_the_published_figures(folder, run_ranks, tmp_path
     out = tmp_path / "out"
     run_ranks(1, evaluated, Options(str(folder), num_images=NUM, metric="none", out=str(out)), 256, init=False)
     made = Chunks(sorted(out.glob("*/*.npy")))
-    config = pictures.locate(folder)[1]
-    source, numbers = quality.references(config, 50)
+    config = find_weights(folder)[1]
+    source, numbers = evaluation.references(config, 50)
     assert len(numbers) == 50 == len(set(numbers)) < source.length
-    real = inception.Real(source, numbers)
-    found = inception.fidelity(made, real, CPU, batch=13)
+    real = fid.Real(source, numbers)
+    found = fid.fidelity(made, real, CPU, batch=13)
     a, b = (
         torch.stack([images[i] for i in range(len(images))]).double().flatten(1)[:, ::401].numpy() / 255
         for images in (made, real)
@@ -292,31 +295,31 @@ def test_fidelity_is_asked_for_the_published_figures(folder, run_ranks, tmp_path
     assert found["fid"] == pytest.approx(frechet(a, b), rel=1e-6, abs=1e-6)
     assert found.keys() == {"fid", "inception_kid", "precision", "recall"}
     assert 0 <= found["precision"] <= 1
-    same = inception.fidelity(real, real, CPU, batch=13)
+    same = fid.fidelity(real, real, CPU, batch=13)
     assert same["fid"] == pytest.approx(0, abs=1e-6)
     assert same["precision"] == same["recall"] == 1
 
     options = Options(str(folder), num_images=NUM, metric="fidelity", out=str(out), reference_num=50)
-    weights, alone, quiet = pictures.locate(folder)[0], parallel.World(0, 1, 0, 1, CPU), Console(quiet=True)
+    weights, alone, quiet = find_weights(folder)[0], ranks.World(0, 1, 0, 1, CPU), Console(quiet=True)
     evaluate.measure(options, evaluate.chosen(config, options), weights, made, "fidelity", out, alone, quiet)
     [line] = [e for e in lines(folder) if e["metric"] == "fidelity"]
     assert (line["fid"], line["against"]) == (pytest.approx(found["fid"]), "50 images of 120 embedded cats")
-    assert "FID" in (folder / quality.CURVE).read_text()
+    assert "FID" in (folder / evaluation.CURVE).read_text()
 
     def no_network(*args, **options):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("torch_fidelity.calculate_metrics", no_network)
     with pytest.raises(UserError, match="torch-fidelity: Name or service not known; --metric offline needs no download"):
-        inception.fidelity(made, real, CPU, batch=8)
+        fid.fidelity(made, real, CPU, batch=8)
 
 
 def test_an_image_that_cannot_be_decoded_is_stood_in_for(tmp_path):
     for i in range(4):
-        pictures.save_png(torch.full((3, 32, 32), i, dtype=torch.uint8), tmp_path / f"{i}.png")
+        sampling.save_png(torch.full((3, 32, 32), i, dtype=torch.uint8), tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"")
     source = open_images(C.DataConfig("folder", path=str(tmp_path)))
-    real = inception.Real(source, range(4))
+    real = fid.Real(source, range(4))
     assert [image[0, 0, 0].item() for image in real.__getitems__([0, 1, 2, 3])] == [0, 2, 2, 3]
     with pytest.raises(IndexError):
         real[4]
@@ -326,7 +329,7 @@ def test_what_is_missing_or_wrong_is_said_before_anything_is_made(folder, monkey
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(UserError, match=r"pip install 'fastdit\[eval\]'"):
         evaluate.evaluate(Options(str(folder)))
-    monkeypatch.setattr(inception.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fid.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"torch-fidelity: pip install 'fastdit\[eval\]', or --metric offline"):
         evaluate.evaluate(Options(str(folder), metric="fidelity"))
     for options, message in (
@@ -343,8 +346,8 @@ def test_what_is_missing_or_wrong_is_said_before_anything_is_made(folder, monkey
 def test_lines_that_are_none_are_skipped(tmp_path):
     good = {"metric": "offline", "images": 5, "kid": 1.0}
     rows = ["[]", "{", '{"metric": 3, "images": 1}', '{"metric": "offline", "images": "x"}', json.dumps(good), "[" * 10_000]
-    (tmp_path / quality.LINES).write_text("\n".join(rows))
-    assert quality.evaluations(tmp_path) == [good]
-    quality.record(tmp_path, {"metric": "offline", "images": 3, "kid": 2.0})
-    assert [e["kid"] for e in quality.evaluations(tmp_path)] == [2.0, 1.0]
-    assert quality.evaluations(tmp_path / "none") == []
+    (tmp_path / evaluation.LINES).write_text("\n".join(rows))
+    assert evaluation.evaluations(tmp_path) == [good]
+    evaluation.record(tmp_path, {"metric": "offline", "images": 3, "kid": 2.0})
+    assert [e["kid"] for e in evaluation.evaluations(tmp_path)] == [2.0, 1.0]
+    assert evaluation.evaluations(tmp_path / "none") == []

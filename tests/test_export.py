@@ -10,14 +10,16 @@ import torch
 from fastdit_kernels.reference import REFERENCE
 
 from fastdit import config as C
-from fastdit import diffusion, draws, sample, train
+from fastdit import sample, sampling, train
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, UserError
 from fastdit.convert import Options as ConvertOptions
 from fastdit.convert import convert
 from fastdit.export import Options, export, to_diffusers
 from fastdit.model import DiT
-from fastdit.weights import load_weights
+from fastdit.runtime import rng as draws
+from fastdit.runtime.tensors import load_weights
+from fastdit.weights.folder import from_pretrained, push_to_hub, save_pretrained
 
 SMALL = {"input_size": (8, 8), "num_classes": 5, "patch": 2, "depth": 2, "width": 48, "num_heads": 3}
 PLAIN = {**SMALL, "channels": 4, "conv_kernel": 0, "time_embedding": "diffusers", "position": "fixed"}
@@ -107,14 +109,14 @@ def test_an_exported_folder_is_the_model(make_run, tmp_path, model):
     run, config, averaged = make_run(model, **groups)
     out = export(Options(str(run)))
     assert out == run / "export-fastdit"
-    loaded = DiT.from_pretrained(out)
-    assert loaded.run == config
+    loaded, loaded_config = from_pretrained(out)
+    assert loaded_config == config
     x, t, y = inputs(config)
     assert torch.equal(loaded(x, t, y), averaged(x, t, y))
-    loaded.save_pretrained(tmp_path / "again")
+    save_pretrained(loaded, tmp_path / "again", loaded_config)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert (tmp_path / "again" / "config.json").read_bytes() == (out / "config.json").read_bytes()
-    live = DiT.from_pretrained(
+    live, _ = from_pretrained(
         export(Options(str(run / "checkpoints" / "000000000640"), weights="live", out=str(tmp_path / "live")))
     )
     assert torch.equal(live(x, t, y), random_model(config, seed=2)(x, t, y))
@@ -133,7 +135,7 @@ def test_the_card_says_what_the_weights_had_seen(make_run):
         '"lr": 0.0001',
     ):
         assert said in card
-    assert "from fastdit.pipeline import FastDiTPipeline" in card
+    assert "from fastdit.weights.pipeline import FastDiTPipeline" in card
     assert (out / "samples.png").read_bytes() == b"grid 640"
 
 
@@ -182,13 +184,13 @@ def test_the_hub_is_given_the_folder_and_gives_it_back(make_run, tmp_path, monke
             return type("Commit", (), {"commit_url": "https://hub/commit"})
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert averaged.push_to_hub("me/cats", config, private=True, token="t", commit_message="first") == "https://hub/commit"
+    assert push_to_hub(averaged, "me/cats", config, private=True, token="t", commit_message="first") == "https://hub/commit"
     assert calls == [("token", "t"), ("me/cats", True, True), {"commit_message": "first"}]
-    loaded = DiT.from_pretrained("me/cats", cache_dir=tmp_path / "cache", local_files_only=True)
+    loaded, _ = from_pretrained("me/cats", cache_dir=tmp_path / "cache", local_files_only=True)
     x, t, y = inputs(config)
     assert torch.equal(loaded(x, t, y), averaged(x, t, y))
     with pytest.raises(UserError, match=r"\Ame/dogs: no such folder, and not loaded from the hub: [^\n]*\Z"):
-        DiT.from_pretrained("me/dogs", cache_dir=tmp_path / "cache", local_files_only=True)
+        from_pretrained("me/dogs", cache_dir=tmp_path / "cache", local_files_only=True)
     monkeypatch.setattr(Api, "upload_folder", lambda *_, **__: 1 / 0)
     refuses(Options(str(run), push="me/cats"), "not uploaded to me/cats")
 
@@ -204,9 +206,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_overwritten(make_run, tm
     refuses(Options(str(out), out=str(tmp_path / "x"), weights="live"), "one set of weights")
     assert (out / "model.safetensors").read_bytes() == before
     with pytest.raises(UserError, match="needs the config"):
-        averaged.save_pretrained(tmp_path / "y")
-    with pytest.raises(UserError, match="needs the config"):
-        averaged.save_pretrained(tmp_path / "y", C.replace(config, model={"depth": 3}))
+        save_pretrained(averaged, tmp_path / "y", C.replace(config, model={"depth": 3}))
     weights = run / "checkpoints" / "000000000640" / "ema.safetensors"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
@@ -246,8 +246,8 @@ def test_diffusers_opens_and_runs_its_own_pipeline(make_run, autoencoder, tmp_pa
     assert (theirs - found).abs().max() <= 1e-5 * found.abs().max()
     assert len(pipe(class_labels=[0, 0], guidance_scale=1.0, num_inference_steps=2).images) == 2
     # And back: the same weights, but for the class that the unconditional model did not have.
-    back = DiT.from_pretrained(convert(ConvertOptions(str(out), str(tmp_path / "back"))))
-    assert (back.run.diffusion, back.config.time_embedding, back.config.position) == (config.diffusion, "diffusers", "fixed")
+    back, back_run = from_pretrained(convert(ConvertOptions(str(out), str(tmp_path / "back"))))
+    assert (back_run.diffusion, back.config.time_embedding, back.config.position) == (config.diffusion, "diffusers", "fixed")
     ours, again = averaged.state_dict(), back.state_dict()
     assert all(torch.equal(again[n], v) for n, v in ours.items() if n not in ("y_embedder.weight", "pos_embed"))
     assert torch.equal(
@@ -302,7 +302,7 @@ def test_a_run_trained_to_fit_diffusers_does(run_ranks, tmp_path):
     longer = C.replace(config, train={"images": 64, "batch": 8})
     assert run_ranks(2, trained, longer, init=False) == [0, 0]
     for weights in ("ema", "live"):
-        model = DiT.from_pretrained(export(Options(str(tmp_path / "tiny"), out=str(tmp_path / weights), weights=weights)))
+        model, _ = from_pretrained(export(Options(str(tmp_path / "tiny"), out=str(tmp_path / weights), weights=weights)))
         assert torch.equal(model.pos_embed, model.fixed()["pos_embed"])
         assert model.final_layer.linear.weight.count_nonzero() > 0
         to_diffusers(model.config, {n: p.detach() for n, p in model.named_parameters()})
@@ -314,7 +314,7 @@ def test_a_run_trained_to_fit_diffusers_does(run_ranks, tmp_path):
 
 
 def opened(out: Path, **options):
-    from fastdit.pipeline import FastDiTPipeline
+    from fastdit.weights.pipeline import FastDiTPipeline
 
     pipe = FastDiTPipeline.from_pretrained(out, **options)
     pipe.set_progress_bar_config(disable=True)
@@ -339,7 +339,7 @@ def test_our_pipeline_draws_what_sample_draws(make_run, model, process, guidance
     noise = draws.normal((3, 8, 8), 7, "sample noise", 0, 2, torch.device("cpu"))
     y = torch.tensor([1, 4]) if config.model.num_classes else None
     m = config.model
-    x0 = diffusion.sample(
+    x0 = sampling.sample(
         averaged, config.diffusion, (2, 3, 8, 8), y, steps=20, guidance=guidance, seed=7,
         null_class=m.num_classes if m.class_dropout else None, learn_sigma=m.learn_sigma,
     )  # fmt: skip
@@ -353,7 +353,7 @@ def test_our_pipeline_draws_what_sample_draws(make_run, model, process, guidance
 def test_our_pipeline_decodes_latents_and_takes_other_schedulers(make_run, autoencoder):
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-    from fastdit.vae import VAE
+    from fastdit.data.vae import VAE
 
     data = {"vae": str(autoencoder), "image_size": (16, 16)}
     run, config, averaged = make_run({**SMALL, "channels": 4}, data={**data, "vae": "nowhere"}, diffusion={"clip_x0": False})
@@ -361,7 +361,7 @@ def test_our_pipeline_decodes_latents_and_takes_other_schedulers(make_run, autoe
     pipe = opened(out)
     assert type(pipe.scheduler) is DPMSolverMultistepScheduler
     noise = draws.normal((4, 8, 8), 7, "sample noise", 0, 2, torch.device("cpu"))
-    x0 = diffusion.sample(averaged, config.diffusion, (2, 4, 8, 8), torch.tensor([0, 3]), steps=20, seed=7)
+    x0 = sampling.sample(averaged, config.diffusion, (2, 4, 8, 8), torch.tensor([0, 3]), steps=20, seed=7)
     images = pipe(class_labels=[0, 3], latents=noise, num_inference_steps=20, output_type="pt").images
     wanted = ((VAE(pipe.vae, torch.device("cpu")).decode(x0) + 1) / 2).clamp(0, 1)
     assert (images - wanted).abs().max() <= 1 / 2550

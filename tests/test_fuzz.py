@@ -15,11 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastdit import command, images, packs
+from fastdit import command
 from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import UserError
-from fastdit.weights import load_weights, save_weights
+from fastdit.data import images
+from fastdit.data import pack as packs
+from fastdit.runtime.tensors import load_weights, save_weights
 
 
 def counts(few: int, full: int):

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from fastdit import config as C
-from fastdit import draws, parallel, pictures, train
+from fastdit import sampling, train
 from fastdit.config import DiffusionConfig, UserError
-from fastdit.diffusion import Objective, sample, sampling_times
+from fastdit.diffusion import Objective
 from fastdit.optim import Optimizer
+from fastdit.runtime import ranks, sharding
+from fastdit.runtime import rng as draws
+from fastdit.sampling import sample, sampling_times
 
 DDPM, FLOW = DiffusionConfig(clip_x0=False), DiffusionConfig(kind="flow", clip_x0=False)
 CASES = [(DDPM, "ddpm"), (DDPM, "ddim"), (DDPM, "dpm++"), (FLOW, "euler")]
@@ -64,7 +67,7 @@ def tiny(**groups) -> C.Config:
 
 def made(config) -> tuple[torch.Tensor, int]:
     """Pictures of a network whose final layer is not zero, and the images its blocks were run on."""
-    world = parallel.init(config.parallel)
+    world = ranks.init(config.parallel)
     model = train.build(config, world)
     generator = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():
@@ -72,8 +75,8 @@ def made(config) -> tuple[torch.Tensor, int]:
             p.data.to_local().copy_(0.3 * torch.randn(p.shape, generator=generator))
     ran = []
     model.blocks[0].register_forward_hook(lambda block, args, out: ran.append(len(args[0])))
-    images = pictures.make(model, config, None, world, first=0, count=5, seed=1)
-    parallel.shutdown()
+    images = sampling.make(model, config, None, world, first=0, count=5, seed=1)
+    ranks.shutdown()
     return images, sum(ran)
 
 
@@ -192,7 +195,7 @@ def test_off_is_one_forward_and_the_same_loss():
 
 def trained(config, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of a few steps on made-up images, sharded over the ranks, and the weights after them."""
-    world = parallel.init(config.parallel)
+    world = ranks.init(config.parallel)
     model = train.build(config, world)
     optimizer = Optimizer(model, config.train, config.train.batch * world.size)
     m = config.model
@@ -202,13 +205,13 @@ def trained(config, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
         first = (step * world.size + world.rank) * config.train.batch
         numbers = torch.arange(first, first + config.train.batch)
         x0 = (numbers.view(-1, 1, 1, 1) * 0.7 + torch.arange(3 * 32 * 32).view(3, 32, 32) / 100).sin()
-        parallel.communicate(model, last=True)
+        sharding.communicate(model, last=True)
         loss = training.loss(model, x0, numbers % m.num_classes, 0, first)
         loss.backward()
         optimizer.step(step * config.train.batch * world.size, loss.detach())
-        losses.append(sum(parallel.gather(world, loss.item())) / world.size)
+        losses.append(sum(ranks.gather(world, loss.item())) / world.size)
     weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
-    parallel.shutdown()
+    ranks.shutdown()
     return losses, weights
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
-from fastdit import images
 from fastdit.config import DataConfig, UserError
+from fastdit.data import images
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (24, 20, 3), dtype=np.uint8)

@@ -2,61 +2,98 @@
 
 import ast
 import importlib.util
+import os
+import shutil
+import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(ROOT.glob("fastdit/*.py")) + sorted(ROOT.glob("kernels/fastdit_kernels/*.py"))
+FASTDIT = sorted((ROOT / "fastdit").rglob("*.py"))
+SOURCES = FASTDIT + sorted(ROOT.glob("kernels/fastdit_kernels/*.py"))
 
-# Imports go down only; files of one rank do not import each other, except within `fastdit_kernels`.
+# Imports go down only. Files of one rank do not import each other, except inside a wing and inside `fastdit_kernels`.
+# A wing is named by its folder, "runtime"; a file of a wing that stands higher than the rest by its path, "weights.pipeline".
+KERNELS = "fastdit_kernels"  # below all ranks: a package of its own
 RANKS = [
-    {"fastdit_kernels"},
-    {"config", "draws", "manifest"},
-    {"command", "cats", "gauges", "trackers", "weights", "pickles", "charts", "metrics"},
-    {"pretrained"},
-    {"model", "diffusion", "vae", "images", "parallel", "optim", "checkpoint", "meter", "packs", "gpus", "profiler"},
-    {"latents", "pictures", "foreign", "pipeline", "footprint"},
-    {"costs", "quality", "inception"},
+    {"config"},
+    {"runtime"},
+    {"command", "model", "diffusion", "optim", "checkpoint", "meter", "data"},
+    {"sampling", "weights"},
+    {"weights.pipeline", "quality", "planning"},
     {"train", "encode", "sample", "convert", "export", "plan", "evaluate", "report", "compare"},
 ]
 
 
+def module(path: Path) -> str:
+    """fastdit/data/pack.py → data.pack"""
+    return ".".join(path.relative_to(ROOT / "fastdit").with_suffix("").parts)
+
+
 def rank(name: str) -> int:
-    found = [i for i, names in enumerate(RANKS) if name in names]
-    assert found, f"{name} has no rank: add it to RANKS and to the map in README"
+    found = [i for i, names in enumerate(RANKS) if name in names] or [
+        i for i, names in enumerate(RANKS) if name.partition(".")[0] in names
+    ]
+    assert found, f"{name} has no rank: add it to RANKS"
     return found[0]
 
 
 def imports(path: Path) -> set[str]:
-    """Our own modules a file imports: fastdit's by stem, the kernels' by package."""
-    found = set()
+    """Our own modules a file imports, as `module` names them; the kernels by their package's name."""
+    known, found = {module(p) for p in FASTDIT}, set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}:{node.lineno} is a relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "fastdit" else [node.module or ""]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
             top, _, rest = name.partition(".")
-            if top == "fastdit_kernels":
+            if top == KERNELS:
                 found.add(top)
             elif top == "fastdit" and rest:
-                found.add(rest.partition(".")[0])
-    return found
+                found.add(rest if rest in known else rest.rpartition(".")[0])
+    return found - {""}
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("fastdit/*.py")), ids=lambda p: p.stem)
+def test_there_are_at_most_six_ranks():
+    assert len(RANKS) <= 6
+
+
+@pytest.mark.parametrize("path", FASTDIT, ids=module)
 def test_imports_go_down_only(path: Path):
-    if path.stem == "__init__":
+    name = module(path)
+    if name == "__init__":
         assert imports(path) == set()
         return
-    for name in imports(path) - {path.stem}:
-        assert rank(name) < rank(path.stem), f"{path.stem} (rank {rank(path.stem)}) imports {name} (rank {rank(name)})"
+    for other in imports(path) - {name, KERNELS}:
+        wing = other.rpartition(".")[0]
+        within = wing and wing == name.rpartition(".")[0] and rank(other) == rank(name)
+        assert within or rank(other) < rank(name), f"{name} (rank {rank(name)}) imports {other} (rank {rank(other)})"
+
+
+def test_no_imports_go_round():
+    graph = {module(path): imports(path) - {KERNELS} for path in FASTDIT}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " → ".join((*above, name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_the_model_needs_only_config_runtime_and_kernels():
+    allowed = RANKS[0] | RANKS[1]
+    assert {name.partition(".")[0] for name in imports(ROOT / "fastdit" / "model.py") - {KERNELS}} <= allowed
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("kernels/fastdit_kernels/*.py")), ids=lambda p: p.stem)
@@ -71,16 +108,31 @@ def test_kernels_import_only_torch_and_triton(path: Path):
 
 def test_no_package_is_named_kernels():
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    assert [p.parent.name for p in ROOT.glob("*/*/__init__.py")] == ["fastdit_kernels"]
+    assert [p.parent.name for p in ROOT.glob("*/*/__init__.py")] == ["fastdit_kernels"]  # wings are plain folders
 
 
-def test_no_file_of_fastdit_shadows_an_import():
-    """`torchrun fastdit/train.py` puts fastdit/ first on sys.path, so a file there hides any module of its name."""
-    site = Path(sysconfig.get_path("purelib"))
-    installed = {p.stem for p in site.iterdir()} | set(sys.stdlib_module_names)
-    for path in ROOT.glob("fastdit/*.py"):
-        if path.stem != "__init__":
-            assert path.stem not in installed, f"fastdit/{path.name} shadows an importable module"
+def test_no_file_of_fastdit_is_named_like_a_standard_module():
+    """`torchrun fastdit/train.py` puts fastdit/ first on sys.path until fastdit itself is imported."""
+    for path in (ROOT / "fastdit").iterdir():
+        assert path.stem not in sys.stdlib_module_names, f"fastdit/{path.name} shadows a standard module"
+
+
+def test_no_verb_stands_in_for_an_installed_package(tmp_path):
+    """Installed packages named like each of our files and wings are what a script gets that imports them after fastdit."""
+    names = sorted(
+        {p.stem for p in (ROOT / "fastdit").iterdir() if p.suffix == ".py" or p.is_dir()} - {"__init__", "__pycache__"}
+    )
+    for name in [*names, "kernels"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("WHOSE = 'theirs'")
+    verb = tmp_path / "fastdit" / "verb.py"
+    shutil.copytree(ROOT / "fastdit", verb.parent, ignore=shutil.ignore_patterns("__pycache__"))
+    checks = [f"import {name}; assert {name}.WHOSE == 'theirs', {name}" for name in [*names, "kernels"]]
+    lines = ["import fastdit", *checks, "from diffusers import AutoencoderKL", "import datasets", "print('theirs')"]
+    verb.write_text("\n".join(lines))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "kernels")])}
+    ran = subprocess.run([sys.executable, str(verb)], env=env, capture_output=True, text=True, check=False)
+    assert ran.stdout == "theirs\n", ran.stderr
 
 
 def test_what_is_tested_exists():
@@ -95,12 +147,14 @@ def test_what_is_tested_exists():
         "reliability",  # whatever may happen to a run
         "fuzz",  # whatever may be given to a run
         "samplers",  # the other half of diffusion.py
-        "guidance",  # by classes, in diffusion.py, pictures.py and training
+        "guidance",  # by classes, in diffusion.py, sampling.py and training
     }
     for path in [*ROOT.glob("tests/test_*.py"), *ROOT.glob("bench/bench_*.py")]:
         stem = path.stem.partition("_")[2]
         assert stem in stems | whole, f"{path} is named after no source file"
 
 
-def test_diffusers_imports_beside_us():
-    assert importlib.util.find_spec("kernels") is None or "fastdit" not in str(importlib.util.find_spec("kernels"))
+def test_our_kernels_folder_is_no_package():
+    """Hugging Face's `kernels`, which diffusers imports where it is installed, must be theirs."""
+    found = importlib.util.find_spec("kernels")
+    assert found is None or found.origin is None or Path(found.origin).parent != ROOT / "kernels"

@@ -13,14 +13,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdit import command, latents, parallel, train
+from fastdit import command, train
 from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, UserError
+from fastdit.data import encoding
 from fastdit.diffusion import Objective
 from fastdit.optim import Optimizer
+from fastdit.runtime import ranks
+from fastdit.runtime.tensors import load_weights
 from fastdit.sample import Options, sample
-from fastdit.weights import load_weights
 
 ROOT = Path(__file__).parent.parent
 STEPS, BATCH = 6, 16
@@ -308,8 +310,8 @@ class HostSyncs(TorchDispatchMode):
 
 
 def syncs_in_a_step(config: Config) -> list[str]:
-    world = parallel.init(config.parallel)
-    pack = latents.Pack(latents.ensure(config, world), world.device, 0)
+    world = ranks.init(config.parallel)
+    pack = encoding.Pack(encoding.ensure(config, world), world.device, 0)
     model = train.build(config, world)
     optimizer = Optimizer(model, config.train, BATCH)
     objective = Objective(config.diffusion, class_dropout=0.1, num_classes=15)
@@ -377,7 +379,7 @@ def test_a_run_starts_from_given_weights(whole, run_ranks, tmp_path, world):
 
 
 def built_weights(config: Config) -> dict[str, torch.Tensor]:
-    model = train.build(config, parallel.init(config.parallel))
+    model = train.build(config, ranks.init(config.parallel))
     return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
 
 

@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdit import gauges, meter, trackers
+from fastdit import meter
 from fastdit.config import LogConfig, UserError
-from fastdit.gauges import Energy, memory_gib, peak_tflops
 from fastdit.meter import Meter, summary
+from fastdit.runtime import hardware, trackers
+from fastdit.runtime.hardware import Energy, memory_gib, peak_tflops
 
 
 class Clock:
@@ -314,7 +315,7 @@ def nvml(monkeypatch):
     fake = FakeNvml({"GPU-aaaa": 5_000_000, "GPU-bbbb": 7_000_000})
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     uuids = ["aaaa", "bbbb"]
-    monkeypatch.setattr(gauges.torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(uuid=uuids[i]))
+    monkeypatch.setattr(hardware.torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(uuid=uuids[i]))
     return fake
 
 
@@ -512,11 +513,11 @@ def test_no_tracker_is_needed(tmp_path, monkeypatch):
 def test_what_is_computed_in_follows_the_device(monkeypatch):
     cpu = torch.device("cpu")
     for fast, name in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setitem(gauges.FAST, torch.bfloat16, fast)
-        assert gauges.precision("auto", cpu) == name
-        assert gauges.compute_dtype("auto", cpu) == gauges.DTYPES[name]
-        assert [gauges.precision(asked, cpu) for asked in ("bf16", "fp32")] == ["bf16", "fp32"]
-        assert gauges.precision("auto") == "bf16", "the GPUs that plans are made for have it"
+        monkeypatch.setitem(hardware.FAST, torch.bfloat16, fast)
+        assert hardware.precision("auto", cpu) == name
+        assert hardware.compute_dtype("auto", cpu) == hardware.DTYPES[name]
+        assert [hardware.precision(asked, cpu) for asked in ("bf16", "fp32")] == ["bf16", "fp32"]
+        assert hardware.precision("auto") == "bf16", "the GPUs that plans are made for have it"
     for capability, name in (((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        assert gauges.precision("auto", torch.device("cuda")) == name
+        assert hardware.precision("auto", torch.device("cuda")) == name

@@ -10,12 +10,15 @@ from fastdit_kernels.reference import REFERENCE
 from torch.nn import functional as F
 
 from fastdit import config as configs
-from fastdit import costs, footprint, parallel, plan
+from fastdit import plan
 from fastdit.config import RECIPES, Config, ModelConfig, ParallelConfig, TrainConfig, UserError
 from fastdit.diffusion import Objective
-from fastdit.gpus import GPUS
 from fastdit.model import DiT, train_flops_per_image
 from fastdit.optim import Optimizer, local
+from fastdit.planning import costs
+from fastdit.planning import memory as footprint
+from fastdit.planning.gpus import GPUS
+from fastdit.runtime import ranks, sharding
 
 BATCH = 6
 
@@ -45,10 +48,10 @@ def storages(tensors) -> int:
 
 def allocated(config: Config) -> dict[str, int]:
     """One rank's training step: bytes of its states after it, and of what the forward kept for the backward."""
-    world = parallel.init(config.parallel)
+    world = ranks.init(config.parallel)
     with torch.device("meta"):
         model = DiT(config.model, OPS, recompute=config.parallel.checkpoint_activations)
-    parallel.shard(model, config.parallel, world)
+    sharding.shard(model, config.parallel, world)
     model.init_weights(0)
     optimizer = Optimizer(model, config.train, config.train.batch * world.size)
     m = config.model

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastdit.profiler import OTHER, Kind, Profiler, kind_of, kinds, table
+from fastdit.runtime.profiler import OTHER, Kind, Profiler, kind_of, kinds, table
 
 CPU = torch.device("cpu")
 

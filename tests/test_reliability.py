@@ -28,16 +28,17 @@ import torch.utils.tensorboard  # here, as what follows: a rank is a fork, and n
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch.distributed.tensor import DTensor
 
-from fastdit import command, parallel, pictures, train
+from fastdit import command, sampling, train
 from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, TrainConfig
+from fastdit.data.encoding import Pack
 from fastdit.diffusion import Objective
-from fastdit.latents import Pack
 from fastdit.meter import Meter
 from fastdit.model import DiT
 from fastdit.optim import Optimizer, Spikes
-from fastdit.weights import load_weights
+from fastdit.runtime import ranks
+from fastdit.runtime.tensors import load_weights
 
 ROOT = Path(__file__).parent.parent
 STEPS, BATCH = 8, 16
@@ -65,7 +66,7 @@ def tiny(folder: Path, packs: Path, world: int = 1, **groups) -> Config:
 
 def run(config: Config) -> None:
     """The whole verb, from the config on; ends this rank with its exit code."""
-    command.exit_cleanly(lambda: parallel.as_one(lambda: train.train(config)), int(os.environ["RANK"]))
+    command.exit_cleanly(lambda: ranks.as_one(lambda: train.train(config)), int(os.environ["RANK"]))
 
 
 def curve(folder: Path) -> list[tuple]:
@@ -167,8 +168,8 @@ def die() -> None:
 PLACES = {
     "step": (Optimizer, "step", False),
     "micro-step": (Pack, "batch", False),
-    "sampling": (pictures, "save_grid", False),
-    "vote": (parallel.Stop, "agreed", False),
+    "sampling": (sampling, "save_grid", False),
+    "vote": (ranks.Stop, "agreed", False),
     "after a save": (Checkpoints, "save", True),
     "in a save": (Checkpoints, "save", False),
 }
@@ -415,7 +416,7 @@ def test_four_ranks_then_two_then_one_in_the_middle_of_an_epoch(finish, packs, t
 
 
 def initial(config: Config) -> dict[str, torch.Tensor]:
-    model = train.build(config, parallel.init(config.parallel))
+    model = train.build(config, ranks.init(config.parallel))
     return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.state_dict().items()}
 
 
@@ -699,13 +700,13 @@ def test_a_full_disk_under_the_metrics_is_a_line(run_ranks, plain, packs, tmp_pa
 
 
 def failing_alike(config: ..., kind: str) -> None:
-    world = parallel.init(config.parallel)
+    world = ranks.init(config.parallel)
 
     def fail() -> None:
         if world.rank == 1:
             raise {"user": C.UserError, "value": KeyError}[kind]("a reason")
 
-    command.exit_cleanly(lambda: parallel.as_one(lambda: parallel.every(world, fail)), world.rank)
+    command.exit_cleanly(lambda: ranks.as_one(lambda: ranks.every(world, fail)), world.rank)
 
 
 def test_a_failure_on_one_rank_is_said_once_and_by_all_left(run_ranks, packs, tmp_path):

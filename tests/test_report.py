@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fastdit import config as C
-from fastdit import quality
 from fastdit.config import UserError
+from fastdit.quality import evaluation
 from fastdit.report import Options, grids, report
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
@@ -53,7 +53,7 @@ def evaluated(run: Path) -> None:
     settings = {"metric": "offline", "num": 500, "seed": 0, "sampler": "auto", "steps": 20, "guidance": 1.0}
     for images, kid in ((1000, 0.5), (2000, 0.25)):
         found = {"images": images, **settings, "against": "500 images of 1,000 held-out embedded cats", "kid": kid}
-        quality.record(run, {**found, "kid_floor": -0.0012, "coverage": 0.5, "nearest_floor": None})
+        evaluation.record(run, {**found, "kid_floor": -0.0012, "coverage": 0.5, "nearest_floor": None})
 
 
 def test_the_page_holds_the_run_and_needs_nothing_else(tmp_path):
@@ -93,7 +93,7 @@ def test_without_a_gpu_there_is_no_power_and_without_evaluations_no_quality(tmp_
 def test_nothing_of_a_run_breaks_out_of_its_page(tmp_path):
     evil = "</pre></td><script>alert(1)</script><img src=x onerror=alert(1)>"
     run = finished(tmp_path, gpu=False, data={"source": "folder", "path": evil})
-    quality.record(run, {"images": 100, "metric": evil, "num": evil, "against": evil, "kid": 1.0})
+    evaluation.record(run, {"images": 100, "metric": evil, "num": evil, "against": evil, "kid": 1.0})
     page = Page(report(Options(str(run))).read_text())
     assert "script" not in {tag for tag, _ in page.tags}
     assert not any("onerror" in attributes for _, attributes in page.tags)

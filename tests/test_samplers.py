@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from fastdit import draws
 from fastdit.config import DiffusionConfig
-from fastdit.diffusion import START_LOG_SNR, sample, sampling_times, schedule
+from fastdit.diffusion import schedule
+from fastdit.runtime import rng as draws
+from fastdit.sampling import START_LOG_SNR, sample, sampling_times
 
 DDPM = DiffusionConfig(clip_x0=False)
 FLOW = DiffusionConfig(kind="flow", clip_x0=False)

@@ -5,8 +5,8 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from fastdit import vae
 from fastdit.config import DataConfig, UserError
+from fastdit.data import vae
 
 CPU = torch.device("cpu")
 
@@ -70,7 +70,7 @@ def test_batches_are_split_without_a_trace(folder, images, monkeypatch):
 
 
 def test_the_clamp_of_the_posterior_is_diffusers():
-    """What fastdit/packs.py clamps log-variances to is what the autoencoder was trained with."""
+    """What fastdit/data/pack.py clamps log-variances to is what the autoencoder was trained with."""
     moments = torch.tensor([0.0, 1e4, 0.0, -1e4]).view(2, 2, 1, 1)
     assert DiagonalGaussianDistribution(moments).logvar.flatten().tolist() == [20.0, -30.0]
 

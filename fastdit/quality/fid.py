@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastdit.config import UserError
-from fastdit.images import ImageSource
+from fastdit.data.images import ImageSource
 
 # Ours, and torch-fidelity's. The KID has a name of its own, lest it be held against the offline metric's.
 NAMES = {

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdit import draws
 from fastdit.config import UserError
-from fastdit.manifest import read_file
+from fastdit.runtime import rng as draws
+from fastdit.runtime.files import read_file
 
 FORMAT = 1
 LIMIT = 1 << 28  # bytes of manifest.json; ImageNet's has 5 MB
@@ -154,7 +154,7 @@ def posterior(moments: Tensor, eps: Tensor, scale: float, shift: float) -> Tenso
 
 
 class Pack:
-    """An open pack. `batch` is a pure function of (seed, first image, count): see fastdit/draws.py for how images are numbered.
+    """An open pack. `batch` is a pure function of (seed, first image, count); runtime/rng.py says how images are numbered.
 
     A pack of up to device_gib lives on the device (on a CPU: in the page cache, which all ranks share). A larger one is read
     ahead by a thread, through pinned memory: DEPTH batches, each `stride` images after the one before, as the caller states or

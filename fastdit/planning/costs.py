@@ -8,10 +8,10 @@ import math
 from typing import NamedTuple
 
 from fastdit.config import Config
-from fastdit.footprint import sizes
-from fastdit.gauges import compute_dtype, precision
-from fastdit.gpus import GPU
 from fastdit.model import macs_per_image, num_frequencies, out_channels
+from fastdit.planning.gpus import GPU
+from fastdit.planning.memory import sizes
+from fastdit.runtime.hardware import compute_dtype, precision
 
 
 class Cluster(NamedTuple):

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from fastdit import cats
 from fastdit.config import DataConfig, UserError
+from fastdit.data import cats
 
 Pixels = NDArray[np.uint8]
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdit import draws
 from fastdit.config import UserError
+from fastdit.runtime import rng as draws
 
 # The fifteen bodies in `robohash`'s order.
 COLOURS = (

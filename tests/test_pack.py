@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastdit import draws, packs
 from fastdit.config import UserError
+from fastdit.data import pack as packs
+from fastdit.runtime import rng as draws
 
 CPU = torch.device("cpu")
 SEED = 3

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdit import charts, draws, metrics, pictures
 from fastdit import config as configs
+from fastdit import sampling
 from fastdit.config import Config, DataConfig, UserError
-from fastdit.images import ImageSource, open_images
-from fastdit.metrics import Scores
+from fastdit.data.images import ImageSource, open_images
+from fastdit.data.vae import VAE
 from fastdit.model import DiT
-from fastdit.parallel import World, gather
-from fastdit.vae import VAE
+from fastdit.quality import charts, scores
+from fastdit.quality.scores import Scores
+from fastdit.runtime import rng as draws
+from fastdit.runtime.ranks import World, gather
 
 TRAINING = 20_000  # training images looked through for the nearest
 LINES, CURVE = "evaluations.jsonl", "evaluations.svg"
@@ -58,7 +60,7 @@ def read(source: ImageSource, numbers: Sequence[int]) -> Iterator[Tensor]:
                 yield torch.from_numpy(example.image).permute(2, 0, 1)
 
 
-class Judge(metrics.Judge):
+class Judge(scores.Judge):
     """A judge that knows what it compares with."""
 
     against: str
@@ -66,17 +68,17 @@ class Judge(metrics.Judge):
 
 def open_judge(config: Config, num: int, device: torch.device, reference: str = "") -> Judge:
     """What scores pictures against `num` real images, or half of those there are. Raises UserError."""
-    metrics.require()
+    scores.require()
     source, held_out = real_images(config, 2 * num, reference)
     real = list(read(source, subset(source, 2 * num)))
-    if len(real) <= 2 * metrics.NEIGHBOURS + 1:
-        raise UserError(f"{source.name}: {len(real)} images; a comparison needs at least {2 * metrics.NEIGHBOURS + 2}")
+    if len(real) <= 2 * scores.NEIGHBOURS + 1:
+        raise UserError(f"{source.name}: {len(real)} images; a comparison needs at least {2 * scores.NEIGHBOURS + 2}")
     # A folder's come by class: shuffled, so that both halves have all of them.
     order = draws.order(0, 3, len(real)).tolist()
     half = len(real) // 2
     ours, others = (torch.stack([real[i] for i in part]) for part in (order[:half], order[half : 2 * half]))
     trained_on = open_images(config.data, threads=torch.get_num_threads())
-    training = torch.stack([metrics.shrink(image[None])[0] for image in read(trained_on, subset(trained_on, TRAINING))])
+    training = torch.stack([scores.shrink(image[None])[0] for image in read(trained_on, subset(trained_on, TRAINING))])
     if config.data.hflip:
         training = torch.cat([training, training.flip(-1)])
     judge = Judge(ours, others, training, held_out=held_out, device=device)
@@ -93,7 +95,7 @@ def draw(model: DiT, config: Config, vae: VAE | None, world: World, num: int, ba
     for start in range(0, num, batch * world.size):
         count = min(batch, -(-(num - start) // world.size))
         parts.append(
-            pictures.make(model, config, vae, world, first=start + world.rank * count, count=count, seed=config.run.seed)
+            sampling.make(model, config, vae, world, first=start + world.rank * count, count=count, seed=config.run.seed)
         )
     shares = gather(world, parts)
     return torch.cat([share[i] for i in range(len(parts)) for share in shares])[:num]

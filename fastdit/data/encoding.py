@@ -1,4 +1,4 @@
-"""Encoding: a dataset becomes a pack (fastdit/packs.py) once, on all ranks together; training only ever reads packs.
+"""Encoding: a dataset becomes a pack (fastdit/data/pack.py) once, on all ranks together; training only ever reads packs.
 
 Images are encoded in chunks, dealt to the ranks in turn. A chunk is committed by a rename, so a killed encode goes on where it
 was, on any number of ranks, and the finished data file has the same bytes whichever way it came about. The pack appears under
@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdit import images, vae
 from fastdit.config import Config, DataConfig, UserError
-from fastdit.packs import FORMAT, Batch, Manifest, Pack, normalise, read_manifest, verify
-from fastdit.parallel import World, every, gather, once
+from fastdit.data import images, vae
+from fastdit.data.pack import FORMAT, Batch, Manifest, Pack, normalise, read_manifest, verify
+from fastdit.runtime.ranks import World, every, gather, once
 
 __all__ = ["Batch", "Manifest", "Pack", "ensure", "open_pack", "read_manifest", "verify"]
 

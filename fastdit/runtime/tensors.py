@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.tensor import DTensor, Replicate
 
 from fastdit.config import UserError
-from fastdit.manifest import Written, write_atomically, write_file
+from fastdit.runtime.files import Written, write_atomically, write_file
 
 DTYPES = {
     torch.float64: "F64",

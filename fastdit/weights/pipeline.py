@@ -1,6 +1,6 @@
 """Our models as a diffusers pipeline, with diffusers' own schedulers and AutoencoderKL.
 
-    from fastdit.pipeline import FastDiTPipeline
+    from fastdit.weights.pipeline import FastDiTPipeline
     pipe = FastDiTPipeline.from_pretrained(folder)
     pipe(class_labels=[3, 7], num_inference_steps=20).images
 
@@ -26,8 +26,8 @@ from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
 from fastdit.config import DiffusionConfig, ModelConfig
-from fastdit.diffusion import sampling_times
 from fastdit.model import DiT
+from fastdit.sampling import sampling_times
 
 # diffusers finds out how to load a component by these base classes' names in the component's module.
 __all__ = ["FastDiTModel", "FastDiTPipeline", "ModelMixin", "scheduler_of"]
@@ -77,7 +77,7 @@ class FastDiTPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """One image per label; num_images of them from a model without classes.
 
-        The steps lie where `fastdit.diffusion.sampling_times` puts them if the scheduler takes a list of times, else where the
+        The steps lie where `fastdit.sampling.sampling_times` puts them if the scheduler takes a list of times, else where the
         scheduler does. latents: the noise to start from, [B, C, rows, columns]. output_type: pil, np or pt (0 … 1, [B, 3,
         rows, columns]). Raises ValueError.
         """

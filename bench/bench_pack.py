@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from fastdit.packs import Manifest, Pack, normalise, posterior
+from fastdit.data.pack import Manifest, Pack, normalise, posterior
 
 BATCHES, BATCH = 20, 32
 SHAPES = {"latents": [2, 8, 32, 32], "pixels": [3, 32, 32]}
 
 
 def write_pack(path: Path, rows: str, count: int) -> Path:
-    """A pack of random rows, as fastdit/packs.py describes it."""
+    """A pack of random rows, as fastdit/data/pack.py describes it."""
     path.mkdir()
     latents = rows == "latents"
     generator = torch.Generator().manual_seed(0)

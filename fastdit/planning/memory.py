@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdit.config import Config, ModelConfig, replace
-from fastdit.gauges import compute_dtype
 from fastdit.model import DiT, residual_dtype
+from fastdit.runtime.hardware import compute_dtype
 
 RESERVED = 2 * 10**9  # for the CUDA context, NCCL's buffers and what the allocator cannot hand out
 

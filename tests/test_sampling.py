@@ -8,10 +8,12 @@ from fastdit_kernels.reference import REFERENCE
 from PIL import Image
 
 from fastdit import config as C
-from fastdit import diffusion, gauges, pictures
+from fastdit import sampling
 from fastdit.model import DiT
-from fastdit.parallel import World
-from fastdit.weights import save_weights
+from fastdit.runtime import hardware
+from fastdit.runtime.ranks import World
+from fastdit.runtime.tensors import save_weights
+from fastdit.weights.folder import load_model
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -39,10 +41,10 @@ def case(request) -> tuple[C.Config, DiT]:
 @pytest.mark.parametrize("group_bytes", [256 << 20, 1])
 def test_pictures_are_those_of_a_model_conditioned_anew_each_step(case, group_bytes, monkeypatch):
     config, model = case
-    monkeypatch.setattr(pictures, "MODULATION_BYTES", group_bytes)
-    found = pictures.make(model, config, None, ALONE, first=3, count=4, seed=1)
+    monkeypatch.setattr(sampling, "MODULATION_BYTES", group_bytes)
+    found = sampling.make(model, config, None, ALONE, first=3, count=4, seed=1)
     m, s = config.model, config.sample
-    x0 = diffusion.sample(
+    x0 = sampling.sample(
         model,
         config.diffusion,
         (4, m.channels, *m.input_size),
@@ -64,7 +66,7 @@ def test_the_projection_is_applied_once_for_a_whole_schedule(case):
     config, model = case
     rows = []
     model.adaLN_modulation.register_forward_hook(lambda module, args, out: rows.append(len(out)))
-    pictures.make(model, config, None, ALONE, first=0, count=4, seed=1)
+    sampling.make(model, config, None, ALONE, first=0, count=4, seed=1)
     classes = {"labels": 4, "unconditional": 1, "guided": 5}
     kind = "guided" if config.sample.guidance != 1 else "labels" if config.model.num_classes else "unconditional"
     assert rows == [5 * classes[kind]]
@@ -72,15 +74,15 @@ def test_the_projection_is_applied_once_for_a_whole_schedule(case):
 
 def test_labels_take_turns_or_are_all_the_same():
     config = C.RECIPES["cats"]
-    assert pictures.labels(config, 13, 4).tolist() == [13, 14, 0, 1]
-    assert pictures.labels(config, 13, 2, label=7).tolist() == [7, 7]
+    assert sampling.labels(config, 13, 4).tolist() == [13, 14, 0, 1]
+    assert sampling.labels(config, 13, 2, label=7).tolist() == [7, 7]
     unconditional = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=0))
-    assert pictures.labels(unconditional, 0, 4) is None
+    assert sampling.labels(unconditional, 0, 4) is None
 
 
 def test_a_grid_holds_every_picture_in_order(tmp_path):
     images = torch.randint(0, 256, (7, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    pictures.save_grid(images, tmp_path / "new" / "grid.png")
+    sampling.save_grid(images, tmp_path / "new" / "grid.png")
     with Image.open(tmp_path / "new" / "grid.png") as grid:
         for i, image in enumerate(images):
             row, column = divmod(i, 3)
@@ -92,17 +94,17 @@ def test_a_grid_holds_every_picture_in_order(tmp_path):
 @pytest.mark.parametrize("fast", [True, False])
 def test_by_default_a_model_is_in_what_the_device_computes_fast(case, fast, tmp_path, monkeypatch):
     config, model = case
-    monkeypatch.setitem(gauges.FAST, torch.bfloat16, fast)
+    monkeypatch.setitem(hardware.FAST, torch.bfloat16, fast)
     weights = tmp_path / "ema.safetensors"
     save_weights(weights, dict(model.state_dict()))
-    found = pictures.load(weights, C.replace(config, parallel={"precision": "auto"}), ALONE)
+    found = load_model(weights, C.replace(config, parallel={"precision": "auto"}), ALONE)
     assert {p.dtype for p in found.parameters()} == {torch.bfloat16 if fast else torch.float32}
 
 
 def test_compiled_pictures_are_the_same(case):
     """But for a unit in the last place of a pixel here and there."""
     config, model = case
-    expected = pictures.make(model, config, None, ALONE, first=0, count=4, seed=2)
-    found = pictures.make(pictures.compiled(model, ALONE.device), config, None, ALONE, first=0, count=4, seed=2)
+    expected = sampling.make(model, config, None, ALONE, first=0, count=4, seed=2)
+    found = sampling.make(sampling.compiled(model, ALONE.device), config, None, ALONE, first=0, count=4, seed=2)
     assert (found.int() - expected.int()).abs().max() <= 1
     assert not found.is_inference()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdit.config import UserError
-from fastdit.draws import generator
+from fastdit.runtime.rng import generator
 
 FEATURE_SIDE = 128  # pixels images are resized to for the network; it was trained at 224, which takes five times as long
 PIXEL_SIDE = 32  # pixels compared as such are shrunk to at most so many a side

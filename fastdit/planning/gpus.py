@@ -1,8 +1,8 @@
-"""What data sheets say of GPUs, for plans made before one is rented. Peaks are gauges.py's; nothing here is measured."""
+"""What data sheets say of GPUs, for plans made before one is rented. Peaks are hardware.py's; nothing here is measured."""
 
 from typing import NamedTuple
 
-from fastdit.gauges import peak_tflops
+from fastdit.runtime.hardware import peak_tflops
 
 
 class GPU(NamedTuple):
@@ -19,7 +19,7 @@ class GPU(NamedTuple):
     def flops(self) -> float:
         """Peak in dense bf16 FLOP/s."""
         peak = peak_tflops(self.device)
-        assert peak is not None, f"{self.device} has no peak in gauges.py"
+        assert peak is not None, f"{self.device} has no peak in hardware.py"
         return peak * 1e12
 
 
