@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdit.config import DiffusionConfig
-from fastdit.runtime import rng as draws
+from fastdit.runtime import rng
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -90,7 +90,7 @@ class Objective:
     def losses(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
         """The loss of each image, fp32 [B]; x0 [B, C, H, W] holds images first … first + B - 1 of the run, y their labels."""
         x0 = x0.float()
-        noise = draws.normal(tuple(x0.shape[1:]), seed, "noise", first, len(x0), self.device)
+        noise = rng.normal(tuple(x0.shape[1:]), seed, "noise", first, len(x0), self.device)
         t = self.timesteps(seed, first, len(x0))
         x_t, target = self.corrupt(x0, noise, t)
         y = self.drop_labels(y, seed, first)
@@ -115,8 +115,8 @@ class Objective:
     def timesteps(self, seed: int, first: int, count: int) -> Tensor:
         """The t of images first … first + count - 1: int64 under DDPM, fp32 in units of training steps under flow. [count]"""
         if self.config.kind == "flow" and self.config.flow_t == "logit_normal":  # arXiv 2403.03206, §3.1
-            return draws.normal((), seed, "timestep", first, count, self.device).sigmoid() * self.config.timesteps
-        t = draws.uniform((), seed, "timestep", first, count, self.device) * self.config.timesteps
+            return rng.normal((), seed, "timestep", first, count, self.device).sigmoid() * self.config.timesteps
+        t = rng.uniform((), seed, "timestep", first, count, self.device) * self.config.timesteps
         return t if self.config.kind == "flow" else t.long()
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ class Objective:
     def drop_labels(self, y: Tensor | None, seed: int, first: int) -> Tensor | None:
         if y is None or not self.class_dropout:
             return y
-        u = draws.uniform((), seed, "class dropout", first, len(y), self.device)
+        u = rng.uniform((), seed, "class dropout", first, len(y), self.device)
         return torch.where(u < self.class_dropout, self.num_classes, y)
 
     @torch.no_grad()

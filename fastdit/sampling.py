@@ -15,7 +15,7 @@ from fastdit.config import Config, DiffusionConfig
 from fastdit.data.vae import VAE
 from fastdit.diffusion import Network, schedule
 from fastdit.model import DiT
-from fastdit.runtime import rng as draws
+from fastdit.runtime import rng
 from fastdit.runtime.ranks import World
 
 # Half the natural log of the signal-to-noise ratio where sampling starts. squaredcos_cap_v2 ends at -9.9: there an error in
@@ -175,9 +175,9 @@ def sample(
     times = sampling_times(config, steps)
     to_x0 = _x0_from_prediction(config, times)
     advance = _solver(
-        config, sampler, times, learn_sigma, [draws.generator(device, seed, "ancestral noise", first + n) for n in range(B)]
+        config, sampler, times, learn_sigma, [rng.generator(device, seed, "ancestral noise", first + n) for n in range(B)]
     )
-    x = draws.normal(tuple(shape[1:]), seed, "sample noise", first, B, device)
+    x = rng.normal(tuple(shape[1:]), seed, "sample noise", first, B, device)
     for i, time in enumerate(times):
         guided = guidance_low <= time / config.timesteps <= guidance_high
         out = _evaluate(model, x, time, y, guidance if guided else 1, null_class)

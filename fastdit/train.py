@@ -145,12 +145,12 @@ def train(config: Config) -> int:
 
     def sample() -> None:
         with meter.paused(), optimizer.ema.applied(model):
-            path = draw_grid(model, config, autoencoder, world, folder / "samples" / f"{images_seen:09d}.png")
+            path = sample_grid(model, config, autoencoder, world, folder / "samples" / f"{images_seen:09d}.png")
         meter.image(images_seen, path)
 
     def evaluate() -> None:
         with meter.paused(), optimizer.ema.applied(model):
-            images = evaluation.draw(model, config, autoencoder, world, config.eval.num)
+            images = evaluation.make_pictures(model, config, autoencoder, world, config.eval.num)
             if judge is not None:
                 found = evaluation.line(config, images_seen, judge, images)
                 evaluation.record(folder, found)
@@ -296,7 +296,7 @@ def open_judge(config: Config, world: World) -> evaluation.Judge | None:
     return None if world.rank else evaluation.open_judge(config, config.eval.num, world.device, config.eval.reference)
 
 
-def draw_grid(model: DiT, config: Config, autoencoder: vae.VAE | None, world: World, path: Path) -> Path:
+def sample_grid(model: DiT, config: Config, autoencoder: vae.VAE | None, world: World, path: Path) -> Path:
     """Each rank makes its share of --sample.num pictures, from the same noise each time; rank 0 writes them as one PNG."""
     share = -(-config.sample.num // world.size)
     images = sampling.make(model, config, autoencoder, world, first=world.rank * share, count=share, seed=config.run.seed)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit.config import DiffusionConfig
 from fastdit.diffusion import Objective, schedule
-from fastdit.runtime import rng as draws
+from fastdit.runtime import rng
 
 PREDICTIONS = ("epsilon", "v", "x0")
 SHAPE = (3, 4, 6)
@@ -27,11 +27,11 @@ def fp64_betas(config):
 
 
 def images(count, seed=0):
-    return draws.uniform(SHAPE, seed, "test images", 0, count, torch.device("cpu")) * 2 - 1
+    return rng.uniform(SHAPE, seed, "test images", 0, count, torch.device("cpu")) * 2 - 1
 
 
 def all_targets(objective, x0, seed, first):
-    noise = draws.normal(SHAPE, seed, "noise", first, len(x0), torch.device("cpu"))
+    noise = rng.normal(SHAPE, seed, "noise", first, len(x0), torch.device("cpu"))
     return objective.corrupt(x0, noise, objective.timesteps(seed, first, len(x0)))[1]
 
 
@@ -178,7 +178,7 @@ def test_hybrid_loss_and_its_gradients(timesteps):
     objective = Objective(config, learn_sigma=True)
     x0 = images(60)
     target, t = all_targets(objective, x0, 5, 0), objective.timesteps(5, 0, 60)
-    noise = draws.normal(SHAPE, 5, "noise", 0, 60, torch.device("cpu"))
+    noise = rng.normal(SHAPE, 5, "noise", 0, 60, torch.device("cpu"))
     out = torch.randn(60, 6, 4, 6, generator=torch.Generator().manual_seed(1)).mul(0.1) + torch.cat([target, target * 0], 1)
     out.requires_grad_()
     losses = objective.losses(lambda x, t, y: out, x0, None, 5, 0)

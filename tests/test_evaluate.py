@@ -112,7 +112,7 @@ def test_a_line_is_the_metric_of_the_pictures_it_says(folder):
     images = sampling.make(model, config, None, world, first=0, count=16, seed=config.run.seed)
     real = list(open_images(C.replace(config, data={"num_images": 32}).data, held_out=True).read(0, 32))
     real = torch.stack([torch.from_numpy(e.image).permute(2, 0, 1) for e in real])
-    order = torch.tensor(evaluation.draws.order(0, 3, 32).tolist())
+    order = torch.tensor(evaluation.rng.order(0, 3, 32).tolist())
     ours, others = real[order[:16]], real[order[16:]]
     last = lines(folder)[-1]
     assert last["kid"] == pytest.approx(scores.kid(pixels(images), pixels(ours)), rel=1e-6)

@@ -17,7 +17,7 @@ from fastdit.convert import Options as ConvertOptions
 from fastdit.convert import convert
 from fastdit.export import Options, export, to_diffusers
 from fastdit.model import DiT
-from fastdit.runtime import rng as draws
+from fastdit.runtime import rng
 from fastdit.runtime.tensors import load_weights
 from fastdit.weights.folder import from_pretrained, push_to_hub, save_pretrained
 
@@ -42,10 +42,10 @@ def config_of(folder: Path, model: dict, **groups) -> Config:
 
 def random_model(config: Config, seed: int = 1) -> DiT:
     model = DiT(config.model, REFERENCE)
-    rng = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=rng) * 0.2)
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
         for name, value in model.fixed().items():
             model.get_parameter(name).copy_(value)
     return model.eval()
@@ -89,8 +89,8 @@ def autoencoder(tmp_path) -> Path:
 
 
 def inputs(config: Config, B: int = 3):
-    rng = torch.Generator().manual_seed(2)
-    x = torch.randn(B, config.model.channels, *config.model.input_size, generator=rng)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(B, config.model.channels, *config.model.input_size, generator=generator)
     y = torch.arange(B) % config.model.num_classes if config.model.num_classes else None
     return x, torch.tensor([0, 500, 999]), y
 
@@ -139,7 +139,7 @@ def test_the_card_says_what_the_weights_had_seen(make_run):
     assert (out / "samples.png").read_bytes() == b"grid 640"
 
 
-def drawn(options: sample.Options) -> None:
+def sampled(options: sample.Options) -> None:
     sample.sample(options)
 
 
@@ -150,7 +150,7 @@ def test_sample_opens_an_exported_folder(make_run, run_ranks, tmp_path):
         options = sample.Options(
             str(source), num_images=3, steps=2, out=str(tmp_path / f"from {source.name}"), precision="fp32"
         )
-        run_ranks(1, drawn, options, init=False)
+        run_ranks(1, sampled, options, init=False)
     a, b = ([p.read_bytes() for p in (tmp_path / f"from {source.name}").glob("*.png")] for source in (run, out))
     assert len(a) == 1
     assert a == b
@@ -336,7 +336,7 @@ def test_our_pipeline_draws_what_sample_draws(make_run, model, process, guidance
     run, config, averaged = make_run(model, diffusion=process)
     pipe = opened(export(Options(str(run), format="pipeline")))
     assert pipe.vae is None
-    noise = draws.normal((3, 8, 8), 7, "sample noise", 0, 2, torch.device("cpu"))
+    noise = rng.normal((3, 8, 8), 7, "sample noise", 0, 2, torch.device("cpu"))
     y = torch.tensor([1, 4]) if config.model.num_classes else None
     m = config.model
     x0 = sampling.sample(
@@ -360,7 +360,7 @@ def test_our_pipeline_decodes_latents_and_takes_other_schedulers(make_run, autoe
     out = export(Options(str(run), format="pipeline", vae=str(autoencoder)))
     pipe = opened(out)
     assert type(pipe.scheduler) is DPMSolverMultistepScheduler
-    noise = draws.normal((4, 8, 8), 7, "sample noise", 0, 2, torch.device("cpu"))
+    noise = rng.normal((4, 8, 8), 7, "sample noise", 0, 2, torch.device("cpu"))
     x0 = sampling.sample(averaged, config.diffusion, (2, 4, 8, 8), torch.tensor([0, 3]), steps=20, seed=7)
     images = pipe(class_labels=[0, 3], latents=noise, num_inference_steps=20, output_type="pt").images
     wanted = ((VAE(pipe.vae, torch.device("cpu")).decode(x0) + 1) / 2).clamp(0, 1)

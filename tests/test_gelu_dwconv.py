@@ -282,10 +282,10 @@ def test_whole_model(device, K):
     found = []
     for ops in (TRITON, REFERENCE):
         model = DiT(config, ops).to(device)
-        draws = torch.Generator().manual_seed(4)  # every parameter random: adaLN-Zero's zeros would hide most of the model
+        generator = torch.Generator().manual_seed(4)  # every parameter random: adaLN-Zero's zeros would hide most of the model
         with torch.no_grad():
             for p in model.parameters():
-                p.copy_(0.2 * torch.randn(p.shape, generator=draws))
+                p.copy_(0.2 * torch.randn(p.shape, generator=generator))
         loss = functional.mse_loss(model(x, t, y), target)
         loss.backward()
         found.append({"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()})

@@ -10,8 +10,7 @@ from fastdit import sampling, train
 from fastdit.config import DiffusionConfig, UserError
 from fastdit.diffusion import Objective
 from fastdit.optim import Optimizer
-from fastdit.runtime import ranks, sharding
-from fastdit.runtime import rng as draws
+from fastdit.runtime import ranks, rng, sharding
 from fastdit.sampling import sample, sampling_times
 
 DDPM, FLOW = DiffusionConfig(clip_x0=False), DiffusionConfig(kind="flow", clip_x0=False)
@@ -138,7 +137,7 @@ def test_the_target_and_the_gradient_are_the_formula(config):
     assert torch.equal(given, kept)
 
     # arXiv 2502.12154: target + w·sg(labelled - unlabelled), for images that keep their label; restated in fp64.
-    noise = draws.normal((2, 3, 5), 7, "noise", 100, B, torch.device("cpu"))
+    noise = rng.normal((2, 3, 5), 7, "noise", 100, B, torch.device("cpu"))
     t = plain.timesteps(7, 100, B)
     x_t, target = plain.corrupt(x0, noise, t)
     exact = Linear().double()

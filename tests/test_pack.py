@@ -13,7 +13,7 @@ import torch
 
 from fastdit.config import UserError
 from fastdit.data import pack as packs
-from fastdit.runtime import rng as draws
+from fastdit.runtime import rng
 
 CPU = torch.device("cpu")
 SEED = 3
@@ -76,11 +76,11 @@ def pixel_pack(tmp_path, pixels) -> Path:
 
 
 def places(first: int, count: int) -> list[int]:
-    return [draws.order(SEED, n // NUM, NUM)[n % NUM].item() for n in range(first, first + count)]
+    return [rng.order(SEED, n // NUM, NUM)[n % NUM].item() for n in range(first, first + count)]
 
 
 def mirrored(first: int, count: int) -> list[bool]:
-    return (draws.uniform((), SEED, "flip", first, count, CPU) < 0.5).tolist()
+    return (rng.uniform((), SEED, "flip", first, count, CPU) < 0.5).tolist()
 
 
 # --- batches ---
@@ -89,7 +89,7 @@ def mirrored(first: int, count: int) -> list[bool]:
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (5, 16), (30, 20), (37, 37), (1_000_003, 9), (20, 120)])
 def test_latents_are_drawn_from_their_moments_as_in_fp64(latent_pack, moments, first, count):
     x0, y = packs.Pack(latent_pack, CPU, SEED).batch(first, count)
-    eps = draws.normal((3, 3, 5), SEED, "posterior", first, count, CPU).double()
+    eps = rng.normal((3, 3, 5), SEED, "posterior", first, count, CPU).double()
     rows = torch.stack([moments[i, int(f)] for i, f in zip(places(first, count), mirrored(first, count), strict=True)]).double()
     mean, logvar = rows[:, :3], rows[:, 3:].clamp(-30, 20)
     truth = (mean + torch.exp(logvar / 2) * eps - 0.25) * 0.18215

@@ -9,7 +9,7 @@ import torch
 
 from fastdit.config import DiffusionConfig
 from fastdit.diffusion import schedule
-from fastdit.runtime import rng as draws
+from fastdit.runtime import rng
 from fastdit.sampling import START_LOG_SNR, sample, sampling_times
 
 DDPM = DiffusionConfig(clip_x0=False)
@@ -81,7 +81,7 @@ SHAPE = (3, 2, 4, 6)
 def test_ddpm_steps_are_the_posterior(steps, learn_sigma):
     net = Recorder(DDPM, learn_sigma)
     sample(net, DDPM, SHAPE, sampler="ddpm", steps=steps, seed=2, first=11, learn_sigma=learn_sigma)
-    generators = [draws.generator("cpu", 2, "ancestral noise", 11 + n) for n in range(3)]
+    generators = [rng.generator("cpu", 2, "ancestral noise", 11 + n) for n in range(3)]
     for i in range(steps - 1):
         bar, previous = (abar()[int(t[0])].item() for t in net.t[i : i + 2])
         alpha = bar / previous  # arXiv 2006.11239, equations 6 and 7, between the timesteps visited
@@ -143,7 +143,7 @@ def test_euler_equals_diffusers():
 
     theirs = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
     theirs.set_timesteps(sigmas=[(9 - i) / 9 for i in range(9)])
-    x = draws.normal(SHAPE[1:], 0, "sample noise", 0, 3, torch.device("cpu"))
+    x = rng.normal(SHAPE[1:], 0, "sample noise", 0, 3, torch.device("cpu"))
     for t in theirs.timesteps:
         x = theirs.step(model(x, t.expand(3), None), t, x).prev_sample
     torch.testing.assert_close(sample(model, FLOW, SHAPE, steps=9), x, rtol=1e-5, atol=1e-5)
@@ -179,7 +179,7 @@ def test_gaussian_data_come_out_with_their_mean_and_deviation(config, sampler, p
         assert abs(x.mean().item() - want_mean) < 3.3 * std / math.sqrt(n)
         assert abs(x.std().item() / want_std - 1) < 3.3 / math.sqrt(2 * n)
     else:  # the map from noise to data is affine, so two moments of the noise that was used give it exactly
-        z = draws.normal((1, 16, 16), 1, "sample noise", 0, 64, torch.device("cpu")).double()
+        z = rng.normal((1, 16, 16), 1, "sample noise", 0, 64, torch.device("cpu")).double()
         slope = x.std() / z.std()
         assert abs(slope.item() / std - 1) < (0.001 if sampler == "dpm++" else 0.02)
         assert abs((x.mean() - slope * z.mean()).item() - mean) < 0.01
@@ -204,7 +204,7 @@ def gaussian_chain(config, mean, std, steps):
 
 @pytest.mark.parametrize("name", ["squaredcos_cap_v2", "linear"])
 def test_twenty_steps_come_close_to_a_mixture(name):
-    """The measured claim in sampling_times: 20 quadratic steps of dpm++ leave little more than the draw's own error."""
+    """The measured claim in sampling_times: 20 quadratic steps of dpm++ add little to the error of the noise itself."""
     config = DiffusionConfig(beta_schedule=name, clip_x0=False)
     mean = torch.tensor([-0.8, -0.2, 0.7], dtype=torch.float64)
     std = torch.tensor([0.05, 0.15, 0.08], dtype=torch.float64)
@@ -222,7 +222,7 @@ def test_twenty_steps_come_close_to_a_mixture(name):
     grid = torch.linspace(-1.6, 1.6, 20_001, dtype=torch.float64)
     truth = (share * torch.special.ndtr((grid[:, None] - mean) / std)).sum(1)
     distance = (torch.searchsorted(x, grid).double() / len(x) - truth).abs().sum().item() * (grid[1] - grid[0]).item()
-    # The draw's own expected distance is ∫ √(2/π · F(1-F)/n); three times it, and what the 20 steps themselves cost.
+    # The expected distance of as many true samples is ∫ √(2/π · F(1-F)/n); three times it, and what the 20 steps cost.
     noise = ((2 / math.pi) * truth * (1 - truth) / len(x)).sqrt().sum().item() * (grid[1] - grid[0]).item()
     assert distance < 3 * noise + 0.006
 
@@ -303,12 +303,12 @@ def test_guidance_extrapolates_from_the_null_class(config, sampler):
 def test_an_image_is_the_same_in_any_batch(config, sampler):
     learn_sigma = sampler == "ddpm"
 
-    def draw(first, count):
+    def images(first, count):
         net = Recorder(config, learn_sigma)
         return sample(net, config, (count, 2, 4, 6), sampler=sampler, steps=8, seed=3, first=first, learn_sigma=learn_sigma)
 
-    whole = draw(25, 40)
-    assert torch.equal(whole, torch.cat([draw(25, 1), draw(26, 19), draw(45, 20)]))
+    whole = images(25, 40)
+    assert torch.equal(whole, torch.cat([images(25, 1), images(26, 19), images(45, 20)]))
     assert len({x.numpy().tobytes() for x in whole}) == 40
 
 

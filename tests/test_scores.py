@@ -112,8 +112,8 @@ def cats() -> tuple[torch.Tensor, torch.Tensor]:
     """Held-out cats, three times NUM, and training ones."""
 
     def images(num, held_out):
-        drawn = Cats(num, 32, held_out)
-        return torch.from_numpy(drawn.images(0, num)).permute(0, 3, 1, 2).contiguous()
+        composed = Cats(num, 32, held_out)
+        return torch.from_numpy(composed.images(0, num)).permute(0, 3, 1, 2).contiguous()
 
     return images(3 * NUM, True), images(1000, False)
 
@@ -129,7 +129,7 @@ def judge(cats) -> Judge:
 
 
 def corrupted(images: torch.Tensor, noise: float, seed: int) -> torch.Tensor:
-    """What networks trained ever less draw looks like: details gone, then noise over all."""
+    """What networks trained ever less make looks like: details gone, then noise over all."""
     blurred = F.avg_pool2d(F.pad(images.float(), (1, 1, 1, 1), mode="replicate"), 3, 1)
     mixed = images.float().lerp(blurred, min(noise / 20, 1)) + noise * torch.randn(
         images.shape, generator=torch.Generator().manual_seed(seed)

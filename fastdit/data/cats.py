@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdit.config import UserError
-from fastdit.runtime import rng as draws
+from fastdit.runtime import rng
 
 # The fifteen bodies in `robohash`'s order.
 COLOURS = (
@@ -63,10 +63,10 @@ class Cats:
 def combinations(held_out: bool) -> NDArray[np.int64]:
     """Every cat of one side of the split, shuffled: body, fur, eyes, mouth, accessory, [num, 5]."""
     bodies, _, eyes, mouths, accessories = LAYERS
-    looks = draws.order(0, 0, bodies * len(FURS) * eyes * accessories).numpy()
+    looks = rng.order(0, 0, bodies * len(FURS) * eyes * accessories).numpy()
     kept = len(looks) // HELD_OUT
     looks = looks[:kept] if held_out else looks[kept:]
-    order = draws.order(0, 1, len(looks) * mouths).numpy()
+    order = rng.order(0, 1, len(looks) * mouths).numpy()
     body, fur, eye, accessory = np.unravel_index(looks[order // mouths], (bodies, len(FURS), eyes, accessories))
     return np.stack([body, np.array(FURS)[fur], eye, order % mouths, accessory], axis=1)
 
@@ -94,7 +94,7 @@ def _layers(size: int, threads: int) -> list[tuple[NDArray[np.float32], NDArray[
 
 
 def _compose(layers: list[tuple[NDArray[np.float32], NDArray[np.float32]]], cats: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Layers [num, 5], drawn over white in their order → uint8 [num, size, size, 3]."""
+    """Layers [num, 5], composed over white in their order → uint8 [num, size, size, 3]."""
     image = np.full((len(cats), *layers[0][0].shape[1:]), 255, np.float32)
     for (colour, cover), choice in zip(layers, cats.T, strict=True):
         image *= cover[choice]

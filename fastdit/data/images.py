@@ -163,12 +163,12 @@ def _file_bytes(path: Path) -> bytes:
 
 def _cats(data: DataConfig, held_out: bool, threads: int) -> ImageSource:
     num = data.num_images or (5_000 if held_out else 20_000)
-    drawn = cats.Cats(num, data.image_size[0], held_out, threads)
+    composed = cats.Cats(num, data.image_size[0], held_out, threads)
 
     def rows(start: int, stop: int) -> Iterator[Row]:
         for i in range(start, min(stop, num), cats.CHUNK):
             end = min(i + cats.CHUNK, stop, num)
-            for n, image, label in zip(range(i, end), drawn.images(i, end), drawn.labels(i, end), strict=True):
+            for n, image, label in zip(range(i, end), composed.images(i, end), composed.labels(i, end), strict=True):
                 yield Row(f"cat {n}", image, label)
 
     name = f"{num:,} {'held-out ' if held_out else ''}embedded cats"

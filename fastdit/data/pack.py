@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastdit.config import UserError
-from fastdit.runtime import rng as draws
+from fastdit.runtime import rng
 from fastdit.runtime.files import read_file
 
 FORMAT = 1
@@ -199,7 +199,7 @@ class Pack:
             rows, pick = (self._to_device(part) for part in self._next(first, count))
         self.waited_s += time.perf_counter() - start
         if m.vae:
-            eps = draws.normal(m.image_shape, self.seed, "posterior", first, count, self.device)
+            eps = rng.normal(m.image_shape, self.seed, "posterior", first, count, self.device)
             x0 = posterior(rows, eps, m.scale, m.shift)
         else:
             x0 = normalise(rows)
@@ -214,7 +214,7 @@ class Pack:
     def _pick(self, first: int, count: int) -> Tensor:
         """int64 [count] on the CPU: 2·(image's place in the pack) + (1 where it is mirrored)."""
         # Flips are drawn on the CPU: the reading thread needs them there, and both ways of reading must agree.
-        mirrored = draws.uniform((), self.seed, "flip", first, count, torch.device("cpu")) < 0.5 * self.hflip
+        mirrored = rng.uniform((), self.seed, "flip", first, count, torch.device("cpu")) < 0.5 * self.hflip
         places = []
         n = first
         while n < first + count:
@@ -226,7 +226,7 @@ class Pack:
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = draws.order(self.seed, epoch, self.manifest.count)
+            self._orders[epoch] = rng.order(self.seed, epoch, self.manifest.count)
         return self._orders[epoch]
 
     def _next(self, first: int, count: int) -> tuple[Tensor, Tensor]:

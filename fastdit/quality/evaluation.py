@@ -17,7 +17,7 @@ from fastdit.data.vae import VAE
 from fastdit.model import DiT
 from fastdit.quality import charts, scores
 from fastdit.quality.scores import Scores
-from fastdit.runtime import rng as draws
+from fastdit.runtime import rng
 from fastdit.runtime.ranks import World, gather
 
 TRAINING = 20_000  # training images looked through for the nearest
@@ -48,7 +48,7 @@ def subset(source: ImageSource, count: int) -> Sequence[int]:
     """The numbers, ascending, of `count` images of a source, or of all: drawn at random, and the same each time."""
     if count >= source.length:
         return range(source.length)
-    return sorted(draws.order(0, 2, source.length)[:count].tolist())
+    return sorted(rng.order(0, 2, source.length)[:count].tolist())
 
 
 def read(source: ImageSource, numbers: Sequence[int]) -> Iterator[Tensor]:
@@ -74,7 +74,7 @@ def open_judge(config: Config, num: int, device: torch.device, reference: str = 
     if len(real) <= 2 * scores.NEIGHBOURS + 1:
         raise UserError(f"{source.name}: {len(real)} images; a comparison needs at least {2 * scores.NEIGHBOURS + 2}")
     # A folder's come by class: shuffled, so that both halves have all of them.
-    order = draws.order(0, 3, len(real)).tolist()
+    order = rng.order(0, 3, len(real)).tolist()
     half = len(real) // 2
     ours, others = (torch.stack([real[i] for i in part]) for part in (order[:half], order[half : 2 * half]))
     trained_on = open_images(config.data, threads=torch.get_num_threads())
@@ -86,7 +86,7 @@ def open_judge(config: Config, num: int, device: torch.device, reference: str = 
     return judge
 
 
-def draw(model: DiT, config: Config, vae: VAE | None, world: World, num: int, batch: int = 64) -> Tensor:
+def make_pictures(model: DiT, config: Config, vae: VAE | None, world: World, num: int, batch: int = 64) -> Tensor:
     """Pictures 0 … num - 1 of the run's seed, made by all ranks together: uint8 [num, 3, H, W], on every rank.
 
     Every rank runs the network as often, for the sharded network gathers its weights at each run.

@@ -9,7 +9,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-CHUNK = 32  # images drawn by one generator; a batch that starts anywhere needs at most ceil(count / CHUNK) + 1 draws
+CHUNK = 32  # images drawn that share a generator; a batch that starts anywhere takes at most ceil(count / CHUNK) + 1 generators
 
 
 def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
@@ -20,18 +20,18 @@ def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
 
 def normal(shape: tuple[int, ...], seed: int, purpose: str, first: int, count: int, device: torch.device) -> Tensor:
     """Standard normal fp32 [count, *shape] for images first … first + count - 1."""
-    return _draw(torch.randn, shape, seed, purpose, first, count, device)
+    return _in_chunks(torch.randn, shape, seed, purpose, first, count, device)
 
 
 def uniform(shape: tuple[int, ...], seed: int, purpose: str, first: int, count: int, device: torch.device) -> Tensor:
     """Uniform fp32 in [0, 1), [count, *shape], for images first … first + count - 1."""
-    return _draw(torch.rand, shape, seed, purpose, first, count, device)
+    return _in_chunks(torch.rand, shape, seed, purpose, first, count, device)
 
 
-def _draw(kind, shape, seed, purpose, first, count, device) -> Tensor:
+def _in_chunks(kind, shape, seed, purpose, first, count, device) -> Tensor:
     chunks = range(first // CHUNK, -(-(first + count) // CHUNK))
-    drawn = [kind(CHUNK, *shape, generator=generator(device, seed, purpose, c), device=device) for c in chunks]
-    whole = torch.cat(drawn) if len(drawn) > 1 else drawn[0]
+    parts = [kind(CHUNK, *shape, generator=generator(device, seed, purpose, c), device=device) for c in chunks]
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
     return whole[first - chunks.start * CHUNK :][:count]
 
 
