@@ -3,6 +3,7 @@
 From one test source, a kernel runs on the GPU where there is one, and in Triton's interpreter on CPU tensors where not.
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -218,6 +219,37 @@ def soaked(request) -> Callable[..., None]:
         path.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
 
     return soaked
+
+
+@pytest.fixture(scope="session")
+def ptx_table(request):
+    """What runs of compiled code erred by at most; with `-m ptx`, kept in tests/results/ptx.json."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent)
+        table = importlib.import_module("ptx_launch").Table()
+    yield table
+    if request.config.option.markexpr == "ptx" and not request.session.testsfailed:
+        table.save(Path(__file__).with_name("results") / "ptx.json")
+
+
+@pytest.fixture(scope="session")
+def ptx_compiler(ptx_table):
+    compiler = importlib.import_module("ptx_compiler").Compiler()
+    yield compiler
+    compiler.close()
+
+
+@pytest.fixture
+def compiled(ptx_compiler, ptx_table, nan_filled, monkeypatch) -> Callable[..., Any]:
+    """compiled(arch, sign, …): from here on ops run their compiled code, by the Launch it returns (ptx_launch.Compiled)."""
+    module = importlib.import_module("ptx_launch")
+
+    def compiled(arch: int, sign: int = 1, **options):
+        launched = module.Compiled(ptx_compiler, ptx_table, arch, sign, **options)
+        module.put_in_place(monkeypatch, launched)
+        return launched
+
+    return compiled
 
 
 @pytest.fixture

@@ -141,6 +141,8 @@ def test_what_is_tested_exists():
     whole = {
         "layout",  # the house itself
         "aot",  # every kernel, compiled ahead of time
+        "ptx",  # every kernel, as it is compiled, executed without a GPU
+        "ptx_machine",  # what executes it
         "block",  # one block of model.py
         "step",  # the whole training step
         "main_job",  # the verbs together
