@@ -34,7 +34,7 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 
 MAX_THREADS = 8192  # of the programs that run at once: some registers of so many fit a core's cache
-MAX_STEPS = 1_000_000  # instructions of a program: no test comes near
+MAX_STEPS = 200_000  # instructions of a program: no test comes near
 UNSIGNED = {1: np.bool_, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
