@@ -12,7 +12,7 @@ import torch
 
 from fastdit import train
 from fastdit.config import RECIPES, SIZES, dit, replace
-from fastdit.diffusion import Objective, schedule
+from fastdit.diffusion import choose_objective, schedule
 from fastdit.model import on_kernels, train_flops_per_image
 from fastdit.optim import Optimizer
 from fastdit.runtime.hardware import peak_tflops
@@ -52,7 +52,7 @@ def training(name: str, size: str, batch: int, world, baselines, dtype: torch.dt
     config = dataclasses.replace(config, **options)
     model = train.build(config, world)
     optimizer = Optimizer(model, config.train, batch, kernel=on_kernels(config, world.device))
-    objective = Objective(config.diffusion, device=world.device)
+    objective = choose_objective(config, world.device)
     seen = [0]
 
     def step() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import re
 import stat
 import typing
@@ -81,11 +82,12 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DiffusionConfig:
     kind: Literal["ddpm", "flow"] = "ddpm"  # discrete DDPM, or rectified flow
-    prediction: Literal["epsilon", "v", "x0"] = "epsilon"  # what the network predicts under ddpm; flow predicts velocity
+    prediction: Literal["epsilon", "v", "x0", "velocity"] = "epsilon"  # of the network; under flow it is velocity or x0
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"  # as diffusers names them
     timesteps: int = 1000  # of the training process
-    min_snr: float = 0.0  # gamma of min-SNR loss weighting (5 in the paper); 0: off
     flow_t: Literal["uniform", "logit_normal"] = "uniform"  # distribution of t under flow
+    flow_t_logit: tuple[float, float] = (0.8, 0.8)  # mean and deviation of logit(t / timesteps) under logit_normal
+    flow_clamp: float = 0.05  # least share of noise that weights the loss where flow predicts x0
     model_guidance: float = 0.0  # train classes in as a guidance of scale 1/(1 - this) would sample them; 0: off
     clip_x0: bool = True  # clip predicted x0 to ±1 while sampling: right for pixels, wrong for latents
 
@@ -226,7 +228,11 @@ def validate(config: Config) -> None:
         (m.conv_kernel in (0, 3, 4, 5), f"--model.conv_kernel is {m.conv_kernel}; valid are 3, 4, 5, and 0 for a plain MLP"),
         (m.num_classes or not m.class_dropout, "--model.class_dropout needs classes, and --model.num_classes is 0"),
         (not (flow and m.learn_sigma), "--model.learn_sigma is a DDPM option; flow has no variance to learn"),
-        (not (flow and diffusion.min_snr), "--diffusion.min_snr weights DDPM losses; --diffusion.kind is flow"),
+        (
+            diffusion.prediction in (("velocity", "x0") if flow else ("epsilon", "v", "x0")),
+            f"--diffusion.prediction {diffusion.prediction} does not go with --diffusion.kind {diffusion.kind}; "
+            f"use {'velocity or x0' if flow else 'epsilon, v or x0'}",
+        ),
         (d.source == "cats" or d.path, f"--data.source {d.source} needs --data.path"),
         (
             d.source != "cats" or d.image_size in ((32, 32), (64, 64)),
@@ -250,6 +256,10 @@ def validate(config: Config) -> None:
             not diffusion.model_guidance or m.class_dropout,
             f"--diffusion.model_guidance {diffusion.model_guidance:g} needs a --model.class_dropout above 0",
         ),
+        (
+            all(map(math.isfinite, diffusion.flow_t_logit)) and diffusion.flow_t_logit[1] > 0,
+            f"--diffusion.flow_t_logit is {diffusion.flow_t_logit}; the mean must be finite, the deviation positive",
+        ),
         (0 <= config.profile <= MOST, f"--profile is {config.profile}; it must be a number of steps, or 0 for none"),
         (config.eval.num >= 16, f"--eval.num is {config.eval.num}; the metric needs at least 16 pictures"),
         (
@@ -266,7 +276,7 @@ POSITIVE = {
     "train": ("images", "batch", "grad_accum", "lr", "max_skips"),
     "model": ("channels", "patch", "depth", "width", "num_heads", "mlp_ratio", "input_size"),
     "data": ("image_size",),
-    "diffusion": ("timesteps",),
+    "diffusion": ("timesteps", "flow_clamp"),
     "sample": ("steps", "num"),
     "parallel": ("timeout_minutes",),
     "log": ("keep",),
@@ -285,7 +295,7 @@ def _validate_ranges(config: Config) -> None:
         for f in dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ():
             value = getattr(settings, f.name)
             for number in value if isinstance(value, tuple) else (value,):
-                if not isinstance(number, int | float) or f.name == "seed":
+                if not isinstance(number, int | float) or f.name in ("seed", "flow_t_logit"):
                     continue
                 if not 0 <= number < float("inf"):
                     wrong = "finite and not negative"
@@ -321,12 +331,24 @@ def load(path: Path) -> Config:
         data = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable config ({plain(error, 200)})") from None
+    _upgrade(data)
     config = _build(Config, data, str(path))
     try:
         validate(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return config
+
+
+def _upgrade(data: Any) -> None:
+    """Say the settings of an older run in today's terms, in place."""
+    diffusion = data.get("diffusion") if isinstance(data, dict) else None
+    if isinstance(diffusion, dict) and "flow_t_logit" not in diffusion:
+        if diffusion.get("kind") == "flow":  # it predicted the velocity, whatever `prediction` said
+            diffusion["prediction"] = "velocity"
+        diffusion["flow_t_logit"] = [0.0, 1.0]
+        if diffusion.get("min_snr") == 0:
+            del diffusion["min_snr"]
 
 
 def _build(cls: Any, data: Any, where: str) -> Any:

@@ -184,7 +184,7 @@ def process_of(folder: Path, run: Config) -> Config:
     if type(steps) is not int or not 0 < steps <= 10**6:
         raise UserError(f"{root / 'scheduler'}: num_train_timesteps is {steps!r}")
     if "FlowMatch" in str(about.get("_class_name")):
-        return configs.replace(run, diffusion={"kind": "flow", "timesteps": steps})
+        return configs.replace(run, diffusion={"kind": "flow", "prediction": "velocity", "timesteps": steps})
     usual = about.get("trained_betas") is None and about.get("beta_start", 1e-4) == 1e-4 and about.get("beta_end", 0.02) == 0.02
     if schedule not in known or prediction not in PREDICTIONS or not (usual or schedule == known[0]):
         raise UserError(f"{root / 'scheduler'}: a {schedule} schedule of its own betas, predicting {prediction}, is not ours")

@@ -1,4 +1,4 @@
-"""What the network is trained on and how it is sampled: DDPM over diffusers' schedules and solvers, and rectified flow.
+"""What the network is trained on: DDPM over diffusers' schedules, or rectified flow. One class for each, and what they share.
 
 The network is any callable model(x [B, C, H, W] fp32, t [B] fp32, y [B] int64 or None) → [B, C, H, W], or [B, 2C, H, W] where
 it learns the variance. t counts in training steps: 0 … timesteps - 1 under DDPM, 0 to timesteps under flow. Everything but the
@@ -7,12 +7,13 @@ network is fp32, and every random number is a function of (seed, image number), 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdit.config import DiffusionConfig
+from fastdit.config import Config, DiffusionConfig
 from fastdit.runtime import rng
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -20,68 +21,84 @@ Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 def schedule(config: DiffusionConfig) -> tuple[Tensor, Tensor]:
     """The betas and ᾱ, fp32 [timesteps] on the CPU, bit-equal to those diffusers' schedulers use."""
-    from diffusers import DDPMScheduler  # two seconds, which --help need not pay
+    from diffusers import DDPMScheduler  # importing it takes two seconds, which --help need not pay
 
     scheduler: Any = DDPMScheduler(num_train_timesteps=config.timesteps, beta_schedule=config.beta_schedule)
     return scheduler.betas, scheduler.alphas_cumprod
 
 
-class Objective:
-    """The training loss of a batch of images, under DDPM or rectified flow (arXiv 2209.03003).
+# --- what both objectives share ---
 
-    learn_sigma: the network's second half of channels interpolates the log-variance between its bounds, trained by the
-    variational bound (arXiv 2102.09672, equations 15 and 16), the mean held still, as the DiT repository does.
-    class_dropout: the share of images whose label becomes the null class, num_classes (arXiv 2207.12598).
-    config.model_guidance: how much of its own classifier-free guidance the network learns (arXiv 2502.12154), at the price of
-    a second forward, without gradients, in training and none in sampling.
+
+@dataclass(frozen=True)
+class Labels:
+    """What training does to the labels: some are dropped, and the network may learn to answer as if it were guided."""
+
+    num_classes: int = 0
+    dropout: float = 0.0  # share of images whose label becomes the null class, num_classes (arXiv 2207.12598)
+    guidance: float = 0.0  # w of model guidance (arXiv 2502.12154); costs a second forward in training, none in sampling
+
+    def drop(self, y: Tensor | None, seed: int, first: int) -> Tensor | None:
+        """The labels [B] of images first … first + B - 1 as the network gets them."""
+        if y is None or not self.dropout:
+            return y
+        u = rng.uniform((), seed, "class dropout", first, len(y), y.device)
+        return torch.where(u < self.dropout, self.num_classes, y)
+
+    @torch.no_grad()
+    def unlabelled(self, model: Network, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:
+        """What the network predicts for x_t [B, C, H, W] without labels, fp32; None where model guidance is off."""
+        if not self.guidance:
+            return None
+        if y is None or not self.dropout:
+            raise ValueError("model guidance needs labels and a class_dropout above 0")
+        out = model(x_t, t.float(), torch.full_like(y, self.num_classes)).float()
+        return out[:, : x_t.shape[1]]
+
+    def guide(self, target: Tensor, labelled: Tensor, unlabelled: Tensor | None, y: Tensor | None) -> Tensor:
+        """The target under model guidance: target + w·(labelled - unlabelled) for images that keep their label, no gradient.
+
+        A network that has learnt it satisfies labelled = truth + w·(labelled - unlabelled), that is labelled = unlabelled +
+        (truth - unlabelled) / (1 - w): classifier-free guidance of scale 1 / (1 - w). The paper takes the moving average of
+        the network for the right-hand side. We take the network itself: the average is sharded, and to swap it in would cost
+        as much as a step.
+        """
+        if unlabelled is None or y is None:
+            return target
+        w = _per_image((y != self.num_classes).float() * self.guidance)
+        return target + w * (labelled.detach() - unlabelled)
+
+
+def noise_of(x0: Tensor, seed: int, first: int) -> Tensor:
+    """The noise of images first … first + B - 1 of the run, in x0's shape."""
+    return rng.normal(tuple(x0.shape[1:]), seed, "noise", first, len(x0), x0.device)
+
+
+def evaluate(model: Network, x_t: Tensor, t: Tensor, y: Tensor | None, channels: int) -> Tensor:
+    """The network's answer, fp32 [B, channels, H, W]. Raises ValueError for another number of channels."""
+    out = model(x_t, t.float(), y).float()
+    if out.shape[1] != channels:
+        raise ValueError(f"the network returned {out.shape[1]} channels; expected {channels}")
+    return out
+
+
+def mean_square(error: Tensor) -> Tensor:
+    """[B, C, H, W] → [B]"""
+    return error.square().flatten(1).mean(1)
+
+
+# --- the objectives ---
+
+
+class Flow:
+    """Rectified flow (arXiv 2209.03003): x_t = (1 - s)·x0 + s·noise, where s = t / timesteps is the share of noise.
+
+    The network predicts the velocity v = noise - x0, or x0 itself. The loss is the velocity's mean square in both cases: from
+    v = (x_t - x0) / s follows ‖v̂ - v‖² = ‖x̂0 - x0‖² / s² (JiT, arXiv 2511.13720), where s is clamped from below.
     """
 
-    def __init__(
-        self,
-        config: DiffusionConfig,
-        *,
-        learn_sigma: bool = False,
-        class_dropout: float = 0.0,
-        num_classes: int = 0,
-        device: torch.device | str = "cpu",
-    ):
-        self.config = config
-        self.learn_sigma = learn_sigma
-        self.class_dropout = class_dropout
-        self.num_classes = num_classes
-        self.device = torch.device(device)
-        if config.kind == "flow":
-            return
-
-        betas, alphas_cumprod = schedule(config)
-        exact = (1 - betas.double()).cumprod(0)  # 1 - ᾱ at t = 0 keeps but three digits in fp32
-        self.signal = (alphas_cumprod**0.5).to(self.device)  # x_t = signal·x0 + noise_level·noise
-        self.noise_level = ((1 - alphas_cumprod) ** 0.5).to(self.device)
-
-        # Min-SNR weighting, arXiv 2303.09556 §3.4: min(SNR, γ) on the error in x0, restated for what is predicted.
-        snr = exact / (1 - exact)
-        error_in_x0 = {"epsilon": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[config.prediction]
-        weight = snr.clamp(max=config.min_snr) / error_in_x0 if config.min_snr else torch.ones_like(snr)
-        self.weight = weight.float().to(self.device)
-        if learn_sigma:
-            self._variance_tables(betas.double(), exact)
-
-    def _variance_tables(self, beta: Tensor, alphas_cumprod: Tensor) -> None:
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        posterior = beta * (1 - previous) / (1 - alphas_cumprod)
-        posterior[0] = posterior[
-            min(1, len(posterior) - 1)
-        ]  # it is 0 at t = 0, where its logarithm stands in for the next one's
-        # What an error in the prediction becomes in x0, then in the posterior's mean (arXiv 2006.11239, equation 7).
-        error_in_x0 = {
-            "epsilon": ((1 - alphas_cumprod) / alphas_cumprod).sqrt(),
-            "v": (1 - alphas_cumprod).sqrt(),
-            "x0": -torch.ones_like(beta),
-        }[self.config.prediction]
-        error_in_mean = error_in_x0 * previous.sqrt() * beta / (1 - alphas_cumprod)
-        self.min_log_variance = posterior.clamp(min=1e-20).log().float().to(self.device)
-        self.max_log_variance = beta.log().float().to(self.device)
-        self.error_in_mean = error_in_mean.float().to(self.device)
+    def __init__(self, config: DiffusionConfig, labels: Labels | None = None, device: torch.device | str = "cpu"):
+        self.config, self.labels, self.device = config, labels or Labels(), torch.device(device)
 
     def loss(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
         """The mean of losses(), a scalar."""
@@ -89,76 +106,108 @@ class Objective:
 
     def losses(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
         """The loss of each image, fp32 [B]; x0 [B, C, H, W] holds images first … first + B - 1 of the run, y their labels."""
-        x0 = x0.float()
-        noise = rng.normal(tuple(x0.shape[1:]), seed, "noise", first, len(x0), self.device)
-        t = self.timesteps(seed, first, len(x0))
-        x_t, target = self.corrupt(x0, noise, t)
-        y = self.drop_labels(y, seed, first)
-        # Before the forward that keeps activations, which it would otherwise stand on top of.
-        unlabelled = self.unlabelled(model, x_t, t, y) if self.config.model_guidance else None
-        out = model(x_t, t.float(), y).float()
-        channels = x0.shape[1] * (2 if self.learn_sigma else 1)
-        if out.shape[1] != channels:
-            raise ValueError(f"the network returned {out.shape[1]} channels; expected {channels}")
-        prediction, *variance = out.chunk(2, dim=1) if self.learn_sigma else (out,)
-        if unlabelled is not None and y is not None:
-            target = target + self.model_guidance(prediction.detach(), unlabelled, y)
-        if self.config.kind == "flow":
-            return (prediction - target).square().flatten(1).mean(1)
-        loss = self.weight[t] * (prediction - target).square().flatten(1).mean(1)
-        if self.learn_sigma:
-            # L_simple + L_vlb / 1000; L_vlb sums over all timesteps, of which this is one drawn at random.
-            bound = self.variational_bound(x0, prediction.detach() - target, variance[0], t)
-            loss = loss + bound * (self.config.timesteps / 1000)
+        x0, t = x0.float(), self.timesteps(seed, first, len(x0))
+        x_t, target = self.corrupt(x0, noise_of(x0, seed, first), t)
+        y = self.labels.drop(y, seed, first)
+        unlabelled = self.labels.unlabelled(model, x_t, t, y)  # before the forward that keeps activations
+        prediction = evaluate(model, x_t, t, y, x0.shape[1])
+        loss = mean_square(prediction - self.labels.guide(target, prediction, unlabelled, y))
+        if self.config.prediction == "x0":
+            loss = loss / (t / self.config.timesteps).clamp(min=self.config.flow_clamp).square()
         return loss
 
     def timesteps(self, seed: int, first: int, count: int) -> Tensor:
-        """The t of images first … first + count - 1: int64 under DDPM, fp32 in units of training steps under flow. [count]"""
-        if self.config.kind == "flow" and self.config.flow_t == "logit_normal":  # arXiv 2403.03206, §3.1
-            return rng.normal((), seed, "timestep", first, count, self.device).sigmoid() * self.config.timesteps
-        t = rng.uniform((), seed, "timestep", first, count, self.device) * self.config.timesteps
-        return t if self.config.kind == "flow" else t.long()
+        """The t of images first … first + count - 1, fp32 from 0 to timesteps. [count]"""
+        if self.config.flow_t == "uniform":
+            return rng.uniform((), seed, "timestep", first, count, self.device) * self.config.timesteps
+        mean, deviation = self.config.flow_t_logit  # arXiv 2403.03206, §3.1
+        z = rng.normal((), seed, "timestep", first, count, self.device)
+        return (mean + deviation * z).sigmoid() * self.config.timesteps
+
+    def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and what the network should return for it, fp32 [B, C, H, W]."""
+        s = _per_image(t / self.config.timesteps)
+        x_t = (1 - s) * x0 + s * noise
+        return x_t, x0 if self.config.prediction == "x0" else noise - x0
+
+
+class DDPM:
+    """Denoising diffusion in discrete steps (arXiv 2006.11239): the network predicts epsilon, v or x0 of x_t.
+
+    learn_sigma: the network's second half of channels interpolates the log-variance between its bounds. The variational bound
+    trains it (arXiv 2102.09672, equations 15 and 16) with the mean held still, as the DiT repository does.
+    """
+
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        labels: Labels | None = None,
+        device: torch.device | str = "cpu",
+        learn_sigma: bool = False,
+    ):
+        self.config, self.labels, self.device = config, labels or Labels(), torch.device(device)
+        betas, alphas_cumprod = schedule(config)
+        self.signal = (alphas_cumprod**0.5).to(self.device)  # x_t = signal·x0 + noise_level·noise
+        self.noise_level = ((1 - alphas_cumprod) ** 0.5).to(self.device)
+        self.bound = VariationalBound(config, betas.double(), self.device) if learn_sigma else None
+
+    def loss(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
+        """The mean of losses(), a scalar."""
+        return self.losses(model, x0, y, seed, first).mean()
+
+    def losses(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
+        """The loss of each image, fp32 [B]; x0 [B, C, H, W] holds images first … first + B - 1 of the run, y their labels."""
+        x0, t = x0.float(), self.timesteps(seed, first, len(x0))
+        x_t, target = self.corrupt(x0, noise_of(x0, seed, first), t)
+        y = self.labels.drop(y, seed, first)
+        unlabelled = self.labels.unlabelled(model, x_t, t, y)  # before the forward that keeps activations
+        out = evaluate(model, x_t, t, y, x0.shape[1] * (2 if self.bound else 1))
+        prediction, *variance = out.chunk(2, dim=1) if self.bound else (out,)
+        error = prediction - self.labels.guide(target, prediction, unlabelled, y)
+        loss = mean_square(error)
+        if self.bound is not None:
+            # L_simple + L_vlb / 1000. L_vlb is a sum over all timesteps, and t is one of them at random.
+            loss = loss + self.bound(x0, error.detach(), variance[0], t) * (self.config.timesteps / 1000)
+        return loss
+
+    def timesteps(self, seed: int, first: int, count: int) -> Tensor:
+        """The t of images first … first + count - 1, int64 from 0 to timesteps - 1. [count]"""
+        return (rng.uniform((), seed, "timestep", first, count, self.device) * self.config.timesteps).long()
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and what the network should return for it, fp32; bit-equal to diffusers' add_noise and get_velocity."""
-        if self.config.kind == "flow":
-            share = _per_image(t / self.config.timesteps)
-            return (1 - share) * x0 + share * noise, noise - x0
         signal, noise_level = _per_image(self.signal[t]), _per_image(self.noise_level[t])
         x_t = signal * x0 + noise_level * noise
         if self.config.prediction == "epsilon":
             return x_t, noise
         return x_t, x0 if self.config.prediction == "x0" else signal * noise - noise_level * x0
 
-    def drop_labels(self, y: Tensor | None, seed: int, first: int) -> Tensor | None:
-        if y is None or not self.class_dropout:
-            return y
-        u = rng.uniform((), seed, "class dropout", first, len(y), self.device)
-        return torch.where(u < self.class_dropout, self.num_classes, y)
 
-    @torch.no_grad()
-    def unlabelled(self, model: Network, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """What the network predicts for x_t [B, C, H, W] without labels, fp32."""
-        if y is None or not self.class_dropout:
-            raise ValueError("model guidance needs labels, some of them dropped: a class_dropout above 0")
-        out = model(x_t, t.float(), torch.full_like(y, self.num_classes)).float()
-        return out[:, : x_t.shape[1]]
+class VariationalBound:
+    """The term of the variational bound at t, for a network that learns the variance (arXiv 2006.11239, equation 5)."""
 
-    def model_guidance(self, labelled: Tensor, unlabelled: Tensor, y: Tensor) -> Tensor:
-        """What model guidance adds to the target of images that keep their label: w·(labelled - unlabelled), no gradient.
+    def __init__(self, config: DiffusionConfig, beta: Tensor, device: torch.device):
+        """beta: fp64 [timesteps]."""
+        alphas_cumprod = (1 - beta).cumprod(0)  # in fp64, for 1 - ᾱ at t = 0 keeps only three digits in fp32
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        posterior = beta * (1 - previous) / (1 - alphas_cumprod)
+        posterior[0] = posterior[min(1, len(posterior) - 1)]  # it is 0 at t = 0; its logarithm is taken from t = 1
+        # What an error in the prediction becomes in x0, then in the posterior's mean (arXiv 2006.11239, equation 7).
+        error_in_x0 = {
+            "epsilon": ((1 - alphas_cumprod) / alphas_cumprod).sqrt(),
+            "v": (1 - alphas_cumprod).sqrt(),
+            "x0": -torch.ones_like(beta),
+        }[config.prediction]
+        error_in_mean = error_in_x0 * previous.sqrt() * beta / (1 - alphas_cumprod)
+        self.min_log_variance = posterior.clamp(min=1e-20).log().float().to(device)
+        self.max_log_variance = beta.log().float().to(device)
+        self.error_in_mean = error_in_mean.float().to(device)
 
-        A network that has learnt it satisfies labelled = truth + w·(labelled - unlabelled), that is labelled = unlabelled +
-        (truth - unlabelled) / (1 - w): classifier-free guidance of scale 1 / (1 - w). The network itself stands for its own
-        moving average, which the paper takes: the average is sharded, and swapping it in would cost as much as a step.
-        """
-        guided = _per_image((y != self.num_classes).float() * self.config.model_guidance)
-        return guided * (labelled - unlabelled)
+    def __call__(self, x0: Tensor, error: Tensor, variance: Tensor, t: Tensor) -> Tensor:
+        """In bits per dimension [B]. error is prediction minus target [B, C, H, W]; variance is the network's, -1 for the
+        posterior's and 1 for beta.
 
-    def variational_bound(self, x0: Tensor, error: Tensor, variance: Tensor, t: Tensor) -> Tensor:
-        """The term of the variational bound at t, in bits per dimension [B] (arXiv 2006.11239, equation 5).
-
-        error is prediction minus target; variance is the network's, -1 for the posterior's and 1 for beta. Both distributions'
-        means are affine in the prediction, so their distance follows from the error without either mean, nor its rounding.
+        The means of both distributions are affine in the prediction, so their distance follows from the error alone.
         """
         low, high = _per_image(self.min_log_variance[t]), _per_image(self.max_log_variance[t])
         log_variance = low + (variance + 1) / 2 * (high - low)
@@ -173,6 +222,16 @@ class Objective:
         likelihood = torch.where(x0.abs() > 0.999, outer, inside)
         nll = -likelihood.clamp(min=1e-12).log()
         return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
+
+
+Objective = DDPM | Flow
+
+
+def choose_objective(config: Config, device: torch.device) -> Objective:
+    """The objective that a run's config names."""
+    d, m = config.diffusion, config.model
+    labels = Labels(m.num_classes, m.class_dropout, d.model_guidance)
+    return Flow(d, labels, device) if d.kind == "flow" else DDPM(d, labels, device, m.learn_sigma)
 
 
 def _per_image(values: Tensor) -> Tensor:

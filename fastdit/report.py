@@ -136,12 +136,11 @@ def facts(config: Config, lines: Sequence[Mapping[str, Any]]) -> list[list[str]]
     """What was trained on what for how long: names and values."""
     m, d, t, last = config.model, config.data, config.train, lines[-1]
     seconds, done = last.get("seconds"), last["images"]
-    objective = config.diffusion.kind if config.diffusion.kind == "flow" else config.diffusion.prediction
     found = [
         ["images seen", f"{done:,} of {t.images:,}"],
         ["data", f"{d.source} {d.path}, {d.image_size[0]}×{d.image_size[1]}{', latents of ' + d.vae if d.vae else ', pixels'}"],
         ["model", f"{m.depth} blocks of width {m.width}, {m.num_heads} heads, patch {m.patch}, {m.num_classes} classes"],
-        ["objective", f"{objective}{f', min-SNR {config.diffusion.min_snr:g}' if config.diffusion.min_snr else ''}"],
+        ["objective", f"{config.diffusion.kind}, the network predicts {config.diffusion.prediction}"],
         ["learning rate", f"{t.lr:g} {t.lr_decay}"],
     ]
     if isinstance(seconds, int | float) and seconds > 0:

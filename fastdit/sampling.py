@@ -209,15 +209,15 @@ def _evaluate(model: Network, x: Tensor, time: float, y: Tensor | None, guidance
 
 def _x0_from_prediction(config: DiffusionConfig, times: list[float]) -> Callable[[int, Tensor, Tensor], Tensor]:
     """The function of (step, x_t, prediction) that returns x0. Its coefficients are host numbers: no step reads the device."""
+    if config.prediction == "x0":
+        return lambda i, x, x0: x0
     if config.kind == "flow":
         return lambda i, x, velocity: x - times[i] / config.timesteps * velocity
     alphas_cumprod = schedule(config)[1].double()[[int(t) for t in times]]
     signal, noise_level = alphas_cumprod.sqrt().tolist(), (1 - alphas_cumprod).sqrt().tolist()
     if config.prediction == "epsilon":
         return lambda i, x, eps: (x - noise_level[i] * eps) / signal[i]
-    if config.prediction == "v":
-        return lambda i, x, v: signal[i] * x - noise_level[i] * v
-    return lambda i, x, x0: x0
+    return lambda i, x, v: signal[i] * x - noise_level[i] * v
 
 
 def _solver(

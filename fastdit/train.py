@@ -22,7 +22,7 @@ from fastdit import config as configs
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, RankError, UserError
 from fastdit.data import encoding, vae
-from fastdit.diffusion import Objective
+from fastdit.diffusion import Objective, choose_objective
 from fastdit.meter import Meter, summary
 from fastdit.model import DiT, choose_ops, on_kernels, residual_dtype, train_flops_per_image
 from fastdit.optim import Optimizer, lr_at
@@ -113,14 +113,7 @@ def train(config: Config) -> int:
     stop = ranks.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
     model = build(config, world)
     optimizer = Optimizer(model, config.train, batch, kernel=on_kernels(config, world.device))
-    m = config.model
-    objective = Objective(
-        config.diffusion,
-        learn_sigma=m.learn_sigma,
-        class_dropout=m.class_dropout,
-        num_classes=m.num_classes,
-        device=world.device,
-    )
+    objective = choose_objective(config, world.device)
 
     checkpoints = Checkpoints(folder / "checkpoints", config.log.keep, timeout=timeout)
     images_seen = resume(checkpoints, optimizer, batch)
@@ -132,7 +125,7 @@ def train(config: Config) -> int:
         config.log,
         total_images=config.train.images,
         batch_images=batch,
-        flops_per_image=train_flops_per_image(m),
+        flops_per_image=train_flops_per_image(config.model),
         device=world.device,
         rank=world.rank,
         world=world.size,
@@ -206,7 +199,7 @@ def describe(config: Config, world: World, pack: encoding.Pack, model: DiT, imag
     """What is about to run, once, before it does."""
     if world.rank:
         return
-    t, m, seen = config.train, config.model, pack.manifest
+    t, seen = config.train, pack.manifest
     gpu = world.device.type == "cuda"
     name = torch.cuda.get_device_name(world.device) if gpu else "CPU"
     chosen = choose_ops(config, world.device)
@@ -220,7 +213,7 @@ def describe(config: Config, world: World, pack: encoding.Pack, model: DiT, imag
         folder=folder,
         devices=f"{world.size} × {name}" + ("" if gpu else f" ({torch.get_num_threads()} threads each)"),
         parameters=sum(p.numel() for p in model.parameters()),
-        flops_per_image=train_flops_per_image(m),
+        flops_per_image=train_flops_per_image(config.model),
         batch=t.batch,
         world=world.size,
         grad_accum=t.grad_accum,

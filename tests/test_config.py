@@ -67,7 +67,10 @@ BAD = [
     (["--sample.sampler", "euler"], "--sample.sampler euler does not sample"),
     (["--diffusion.kind", "flow", "--sample.sampler", "ddim"], "use euler"),
     (["--diffusion.kind", "flow", "--model.learn_sigma"], "--model.learn_sigma"),
-    (["--diffusion.kind", "flow", "--diffusion.min_snr", "5"], "--diffusion.min_snr"),
+    (["--diffusion.kind", "flow", "--diffusion.prediction", "v"], "use velocity or x0"),
+    (["--diffusion.prediction", "velocity"], "use epsilon, v or x0"),
+    (["--diffusion.flow_t_logit", "nan", "1"], "--diffusion.flow_t_logit"),
+    (["--diffusion.flow_clamp", "0"], "--diffusion.flow_clamp is 0; it must be positive"),
     (["--run.name", "../x"], "--run.name '../x'"),
     (["--run.name", "a/b"], "--run.name"),
     (["--run.name", ".hidden"], "--run.name"),
@@ -147,6 +150,16 @@ def test_a_tampered_config_file_is_refused_by_name(tmp_path, path, value, said):
         C.load(tmp_path / "config.json")
     assert "config.json" in str(error.value)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "predicts"), [("flow", "velocity"), ("ddpm", "x0")])
+def test_a_run_from_before_flow_could_predict_x0_means_what_it_meant(tmp_path, kind, predicts):
+    data = json.loads(json.dumps(dataclasses.asdict(cli())))
+    data["diffusion"] |= {"kind": kind, "prediction": "x0", "min_snr": 0.0, "flow_t": "logit_normal"}
+    del data["diffusion"]["flow_t_logit"], data["diffusion"]["flow_clamp"]
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    found = C.load(tmp_path / "config.json").diffusion
+    assert (found.kind, found.prediction, found.flow_t, found.flow_t_logit) == (kind, predicts, "logit_normal", (0.0, 1.0))
 
 
 def test_help_explains_every_field(capsys):

@@ -328,9 +328,10 @@ def opened(out: Path, **options):
         (SMALL, {"prediction": "v", "beta_schedule": "linear"}, 1.0),
         ({**SMALL, "num_classes": 0, "conv_kernel": 4}, {"prediction": "x0"}, 1.0),
         ({**SMALL, "class_dropout": 0.1, "learn_sigma": True}, {}, 2.5),
-        (SMALL, {"kind": "flow", "clip_x0": False}, 1.0),
+        (SMALL, {"kind": "flow", "prediction": "velocity", "clip_x0": False}, 1.0),
+        (SMALL, {"kind": "flow", "prediction": "x0"}, 1.0),
     ],
-    ids=["epsilon", "v", "unconditional x0, K=4", "guided, learned sigma", "flow"],
+    ids=["epsilon", "v", "unconditional x0, K=4", "guided, learned sigma", "flow", "flow x0"],
 )
 def test_our_pipeline_draws_what_sample_draws(make_run, model, process, guidance):
     run, config, averaged = make_run(model, diffusion=process)

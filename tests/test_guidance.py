@@ -8,12 +8,13 @@ import torch
 from fastdit import config as C
 from fastdit import sampling, train
 from fastdit.config import DiffusionConfig, UserError
-from fastdit.diffusion import Objective
+from fastdit.diffusion import choose_objective
 from fastdit.optim import Optimizer
 from fastdit.runtime import ranks, rng, sharding
 from fastdit.sampling import sample, sampling_times
 
-DDPM, FLOW = DiffusionConfig(clip_x0=False), DiffusionConfig(kind="flow", clip_x0=False)
+DDPM, FLOW = DiffusionConfig(clip_x0=False), DiffusionConfig(kind="flow", prediction="velocity", clip_x0=False)
+FLOW_X0 = DiffusionConfig(kind="flow", prediction="x0", clip_x0=False)
 CASES = [(DDPM, "ddpm"), (DDPM, "ddim"), (DDPM, "dpm++"), (FLOW, "euler")]
 solvers = functools.partial(pytest.mark.parametrize, ("config", "sampler"), ids=[s for _, s in CASES])
 SHAPE = (3, 2, 4, 6)
@@ -112,15 +113,16 @@ class Linear(torch.nn.Module):
         return torch.einsum("oc,bchw->bohw", self.weight, x.to(self.weight.dtype)) + shift
 
 
-def objective(config, w, dropout=0.3, **options):
+def objective(config, w, dropout=0.3, learn_sigma=False):
     guided = DiffusionConfig(kind=config.kind, prediction=config.prediction, model_guidance=w)
-    return Objective(guided, class_dropout=dropout, num_classes=NULL, **options)
+    model = C.ModelConfig(num_classes=NULL, class_dropout=dropout, learn_sigma=learn_sigma)
+    return choose_objective(C.Config(diffusion=guided, model=model), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
     "config",
-    [DDPM, DiffusionConfig(prediction="v"), DiffusionConfig(prediction="x0"), FLOW],
-    ids=["epsilon", "v", "x0", "flow"],
+    [DDPM, DiffusionConfig(prediction="v"), DiffusionConfig(prediction="x0"), FLOW, FLOW_X0],
+    ids=["epsilon", "v", "x0", "flow", "flow x0"],
 )
 def test_the_target_and_the_gradient_are_the_formula(config):
     B, w = 40, 0.6
@@ -129,7 +131,7 @@ def test_the_target_and_the_gradient_are_the_formula(config):
     net = Linear()
     training = objective(config, w)
     got = training.losses(net, x0, y, 7, 100)
-    kept, plain = training.drop_labels(y, 7, 100), Objective(config)
+    kept, plain = training.labels.drop(y, 7, 100), objective(config, 0.0)
     assert 0 < (kept == NULL).sum() < B
     [(null, null_grad), (given, given_grad)] = net.calls
     assert (null == NULL).all()
@@ -147,6 +149,8 @@ def test_the_target_and_the_gradient_are_the_formula(config):
         scale = torch.where(kept == NULL, 0.0, w).view(-1, 1, 1, 1)
         wanted_target = target.double() + scale * (labelled - unlabelled)
     wanted = (labelled - wanted_target).square().flatten(1).mean(1)
+    if config == FLOW_X0:
+        wanted = wanted / (t.double() / 1000).clamp(min=config.flow_clamp).square()
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
     got.mean().backward()
     wanted.mean().backward()
@@ -161,12 +165,13 @@ def test_what_is_learnt_is_classifier_free_guidance_of_one_over_one_minus_w():
     training = objective(DDPM, w)
     labelled = torch.zeros(2)
     for _ in range(100):
-        added = training.model_guidance(
-            labelled.view(2, 1, 1, 1), unlabelled.expand(2, 1, 1, 1), torch.tensor([0, 1])
+        added = training.labels.guide(
+            torch.zeros(2, 1, 1, 1), labelled.view(2, 1, 1, 1), unlabelled.expand(2, 1, 1, 1), torch.tensor([0, 1])
         )  # each step answers with the target of the step before
         labelled = truth + added.view(2)
     torch.testing.assert_close(labelled, unlabelled + (truth - unlabelled) / (1 - w), rtol=1e-5, atol=1e-6)
-    assert (training.model_guidance(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([NULL])) == 0).all()
+    zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    assert (training.labels.guide(zero, one, zero, torch.tensor([NULL])) == 0).all()
 
 
 def test_with_a_learned_variance_only_the_prediction_is_guided():
@@ -174,7 +179,7 @@ def test_with_a_learned_variance_only_the_prediction_is_guided():
     net = Linear(out=4)
     training = objective(DDPM, 0.5, learn_sigma=True)
     assert training.losses(net, x0, y, 1, 0).shape == (6,)
-    assert training.unlabelled(net, x0, torch.ones(6), y).shape == x0.shape
+    assert training.labels.unlabelled(net, x0, torch.ones(6), y).shape == x0.shape
 
 
 def test_off_is_one_forward_and_the_same_loss():
@@ -186,9 +191,9 @@ def test_off_is_one_forward_and_the_same_loss():
     dropped = objective(DDPM, 0.0, dropout=0.999).losses(Linear(), x0, y, 1, 0)
     assert torch.equal(on, dropped)
     assert not torch.equal(off, on)
-    with pytest.raises(ValueError, match="labels, some of them dropped"):
+    with pytest.raises(ValueError, match="model guidance needs labels and a class_dropout"):
         objective(DDPM, 0.5, dropout=0.0).losses(net, x0, y, 1, 0)
-    with pytest.raises(ValueError, match="labels, some of them dropped"):
+    with pytest.raises(ValueError, match="model guidance needs labels and a class_dropout"):
         objective(DDPM, 0.5).losses(net, x0, None, 1, 0)
 
 
@@ -197,8 +202,7 @@ def trained(config, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     world = ranks.init(config.parallel)
     model = train.build(config, world)
     optimizer = Optimizer(model, config.train, config.train.batch * world.size)
-    m = config.model
-    training = Objective(config.diffusion, class_dropout=m.class_dropout, num_classes=m.num_classes)
+    m, training = config.model, choose_objective(config, world.device)
     losses = []
     for step in range(steps):
         first = (step * world.size + world.rank) * config.train.batch

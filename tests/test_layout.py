@@ -23,7 +23,7 @@ RANKS = [
     {"command", "model", "diffusion", "optim", "checkpoint", "meter", "data"},
     {"sampling", "weights"},
     {"weights.pipeline", "quality", "planning"},
-    {"train", "encode", "sample", "convert", "export", "plan", "evaluate", "report", "compare"},
+    {"train", "encode", "sample", "convert", "export", "plan", "evaluate", "report"},
 ]
 
 

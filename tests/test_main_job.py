@@ -18,7 +18,7 @@ from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, UserError
 from fastdit.data import encoding
-from fastdit.diffusion import Objective
+from fastdit.diffusion import DDPM, choose_objective
 from fastdit.optim import Optimizer
 from fastdit.runtime import ranks
 from fastdit.runtime.tensors import load_weights
@@ -270,13 +270,13 @@ def test_non_finite_steps_in_a_row_stop_the_run(run_ranks, tmp_path):
 
 
 def refused_with_nan(config: Config, after: int) -> str:
-    losses, calls = Objective.loss, [0]
+    losses, calls = DDPM.loss, [0]
 
     def loss(*args):
         calls[0] += 1
         return losses(*args) * (float("nan") if calls[0] >= after else 1)
 
-    Objective.loss = loss
+    DDPM.loss = loss
     return refused(config)
 
 
@@ -314,7 +314,7 @@ def syncs_in_a_step(config: Config) -> list[str]:
     pack = encoding.Pack(encoding.ensure(config, world), world.device, 0)
     model = train.build(config, world)
     optimizer = Optimizer(model, config.train, BATCH)
-    objective = Objective(config.diffusion, class_dropout=0.1, num_classes=15)
+    objective = choose_objective(config, world.device)
     with HostSyncs() as syncs:
         for i in range(3):
             train.step(model, objective, optimizer, pack, config, world, i * BATCH)

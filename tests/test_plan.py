@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fastdit import config as configs
 from fastdit import plan
 from fastdit.config import RECIPES, Config, ModelConfig, ParallelConfig, TrainConfig, UserError
-from fastdit.diffusion import Objective
+from fastdit.diffusion import choose_objective
 from fastdit.model import DiT, train_flops_per_image
 from fastdit.optim import Optimizer, local
 from fastdit.planning import costs
@@ -55,7 +55,7 @@ def allocated(config: Config) -> dict[str, int]:
     model.init_weights(0)
     optimizer = Optimizer(model, config.train, config.train.batch * world.size)
     m = config.model
-    objective = Objective(config.diffusion, learn_sigma=m.learn_sigma, num_classes=m.num_classes, device=world.device)
+    objective = choose_objective(config, world.device)
     x0, y = torch.randn(BATCH, m.channels, *m.input_size), torch.arange(BATCH) % m.num_classes
 
     kept = []

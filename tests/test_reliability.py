@@ -33,7 +33,7 @@ from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, TrainConfig
 from fastdit.data.encoding import Pack
-from fastdit.diffusion import Objective
+from fastdit.diffusion import DDPM
 from fastdit.meter import Meter
 from fastdit.model import DiT
 from fastdit.optim import Optimizer, Spikes
@@ -580,8 +580,8 @@ def test_skips_in_a_row_end_the_run_on_all_ranks(run_ranks, finish, plain, packs
 
 
 def run_with_nan_from(config: Config, first: int) -> None:
-    loss = Objective.loss
-    Objective.loss = lambda *args: loss(*args) * (float("nan") if args[-1] >= (first - 1) * BATCH else 1)
+    loss = DDPM.loss
+    DDPM.loss = lambda *args: loss(*args) * (float("nan") if args[-1] >= (first - 1) * BATCH else 1)
     run(config)
 
 
@@ -634,9 +634,9 @@ def test_what_is_no_number_never_enters_the_window():
 
 def run_with_spike(config: Config, at: int, victim: int, place: str, number: int) -> None:
     Spikes.FEW = 3
-    loss, first = Objective.loss, (at - 1) * BATCH
+    loss, first = DDPM.loss, (at - 1) * BATCH
     rank = int(os.environ["RANK"])
-    Objective.loss = lambda *args: loss(*args) * (50 if rank == victim and first <= args[-1] < first + BATCH else 1)
+    DDPM.loss = lambda *args: loss(*args) * (50 if rank == victim and first <= args[-1] < first + BATCH else 1)
     hooked_run(config, place, number, (0, 1))
 
 
@@ -663,7 +663,7 @@ def run_without_memory(config: Config, victim: int, how: str) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     if int(os.environ["RANK"]) == victim:
-        Objective.loss = empty
+        DDPM.loss = empty
     run(config)
 
 

@@ -1,5 +1,6 @@
 """Sampling against the solvers' closed forms in fp64, and against data whose perfect predictor is known."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -13,9 +14,14 @@ from fastdit.runtime import rng
 from fastdit.sampling import START_LOG_SNR, sample, sampling_times
 
 DDPM = DiffusionConfig(clip_x0=False)
-FLOW = DiffusionConfig(kind="flow", clip_x0=False)
-SAMPLERS = [(DDPM, "ddpm"), (DDPM, "ddim"), (DDPM, "dpm++"), (FLOW, "euler")]
-names = functools.partial(pytest.mark.parametrize, ("config", "sampler"), ids=[s for _, s in SAMPLERS])
+FLOW = DiffusionConfig(kind="flow", prediction="velocity", clip_x0=False)
+FLOW_X0 = dataclasses.replace(FLOW, prediction="x0")
+SAMPLERS = [(DDPM, "ddpm"), (DDPM, "ddim"), (DDPM, "dpm++"), (FLOW, "euler"), (FLOW_X0, "euler")]
+names = functools.partial(pytest.mark.parametrize, ("config", "sampler"), ids=["ddpm", "ddim", "dpm++", "euler", "euler x0"])
+PREDICTED = [(dataclasses.replace(c, prediction=p), s) for c, s in SAMPLERS[:3] for p in ("epsilon", "v", "x0")] + SAMPLERS[3:]
+predicted = functools.partial(
+    pytest.mark.parametrize, ("config", "sampler"), PREDICTED, ids=[f"{s} {c.prediction}" for c, s in PREDICTED]
+)
 
 
 @functools.cache
@@ -35,16 +41,14 @@ def predict(config, x, x0, t):
     """What a network that believes in x0 returns at x."""
     a, s = coefficients(config, t[0].item())
     eps = (x.double() - a * x0) / s
-    if config.kind == "flow":
+    if config.prediction == "velocity":
         return (eps - x0).float()
     return {"epsilon": eps, "v": a * eps - s * x0, "x0": x0 + 0 * eps}[config.prediction].float()
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20])
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
-@names(SAMPLERS)
-def test_a_perfect_predictor_gives_back_x0(config, sampler, prediction, steps):
-    config = DiffusionConfig(kind=config.kind, prediction=prediction, clip_x0=False)
+@predicted()
+def test_a_perfect_predictor_gives_back_x0(config, sampler, steps):
     truth = torch.linspace(-1.5, 1.5, 2 * 3 * 4 * 5).view(2, 3, 4, 5).double()
     got = sample(lambda x, t, y: predict(config, x, truth, t), config, (2, 3, 4, 5), sampler=sampler, steps=steps)
     # In one step from START_LOG_SNR x0 is a difference of numbers 90 times its size; from small t it is nearly x itself.
@@ -124,8 +128,9 @@ def test_dpm_solver_steps_are_the_formula():
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_euler_steps_follow_the_velocity(clip):
-    config = DiffusionConfig(kind="flow", clip_x0=clip)
+@pytest.mark.parametrize("flow", [FLOW, FLOW_X0], ids=["velocity", "x0"])
+def test_euler_steps_follow_the_velocity(flow, clip):
+    config = dataclasses.replace(flow, clip_x0=clip)
     net = Recorder(config)
     sample(net, config, SHAPE, steps=7)
     assert [t[0].item() for t in net.t] == pytest.approx([1000 * (7 - i) / 7 for i in range(7)])
@@ -163,12 +168,10 @@ def gaussian(config, mean, std):
     return model
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
-@names(SAMPLERS)
-def test_gaussian_data_come_out_with_their_mean_and_deviation(config, sampler, prediction):
+@predicted()
+def test_gaussian_data_come_out_with_their_mean_and_deviation(config, sampler):
     mean, std = 0.3, 0.5
     steps = 150 if sampler == "ddpm" else 100
-    config = DiffusionConfig(kind=config.kind, prediction=prediction, clip_x0=False)
     x = sample(gaussian(config, mean, std), config, (64, 1, 16, 16), sampler=sampler, steps=steps, seed=1).double()
     if sampler == "ddpm":
         n = x.numel()
@@ -259,7 +262,7 @@ def test_clipping(config, sampler):
         return predict(config, x, 3 * x.double().sin(), t)
 
     for clip in (True, False):
-        config = DiffusionConfig(kind=config.kind, clip_x0=clip)
+        config = dataclasses.replace(config, clip_x0=clip)
         seen = []
         x = sample(model, config, SHAPE, sampler=sampler, steps=6, on_step=lambda i, x0, seen=seen: seen.append((i, x0)))
         assert [i for i, _ in seen] == [1, 2, 3, 4, 5, 6]

@@ -106,7 +106,7 @@ class FastDiTPipeline(DiffusionPipeline):
             if guided:
                 labelled, unlabelled = out.chunk(2)
                 out = unlabelled + guidance_scale * (labelled - unlabelled)
-            x = self.scheduler.step(out, t, x).prev_sample
+            x = self.scheduler.step(self._velocity(out, t, x), t, x).prev_sample
         if self.vae is not None:
             about = self.vae.config
             x = self.vae.decode((x / about.scaling_factor + (about.get("shift_factor") or 0.0)).to(self.vae.dtype)).sample
@@ -117,6 +117,14 @@ class FastDiTPipeline(DiffusionPipeline):
                 images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _velocity(self, out: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """What diffusers' flow scheduler steps by, where our network predicts x0; the network's own answer everywhere else."""
+        about = self.scheduler.config
+        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) or about.get("prediction_type") != "sample":
+            return out
+        x0 = out.clamp(-1, 1) if about.get("clip_sample") else out
+        return (x - x0) / (t / about.num_train_timesteps)
 
     def _set_times(self, steps: int, device: torch.device) -> None:
         about, takes = self.scheduler.config, inspect.signature(self.scheduler.set_timesteps).parameters
@@ -136,7 +144,10 @@ class FastDiTPipeline(DiffusionPipeline):
 def scheduler_of(config: DiffusionConfig) -> SchedulerMixin:
     """The diffusers scheduler that samples as sample.py does by default: DPM-Solver++ (2M), or Euler under flow."""
     if config.kind == "flow":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.timesteps)
+        flow = FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.timesteps)
+        if config.prediction == "x0":  # diffusers' flow schedulers know velocities alone: FastDiTPipeline reads this
+            flow.register_to_config(prediction_type="sample", clip_sample=config.clip_x0)
+        return flow
     scheduler = DPMSolverMultistepScheduler(
         num_train_timesteps=config.timesteps,
         beta_schedule=config.beta_schedule,
