@@ -228,10 +228,7 @@ class Checkpoints:
     # --- loading ---
 
     def _names(self) -> list[str]:
-        """Folders named as checkpoints are, oldest first; links do not count."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(e.name for e in os.scandir(self.folder) if FOLDER.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
+        return _names(self.folder)
 
     def latest(self) -> int | None:
         """Images seen of the newest checkpoint that is sound in every byte; None if there are none at all.
@@ -287,6 +284,19 @@ class Checkpoints:
             first = plain(next(iter(error.failures.values()))[0])
             raise UserError(f"checkpoint {folder.name} cannot be read: {first}") from None
         return found[0][0]
+
+
+def newest(run: Path) -> Path | None:
+    """The folder of a run's newest complete checkpoint; None where there is none. Its bytes are not verified."""
+    folder = run / "checkpoints"
+    return next((folder / name for name in reversed(_names(folder)) if (folder / name / SUMS).is_file()), None)
+
+
+def _names(folder: Path) -> list[str]:
+    """Folders named as checkpoints are, oldest first; links do not count."""
+    if not folder.is_dir():
+        return []
+    return sorted(e.name for e in os.scandir(folder) if FOLDER.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
 
 
 def _damage(folder: Path, rank: int, world: int) -> str:

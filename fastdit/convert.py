@@ -22,7 +22,7 @@ from fastdit.config import RECIPES, Config, ModelConfig, UserError
 from fastdit.runtime.tensors import load_weights
 from fastdit.weights import folder
 from fastdit.weights.foreign import Weights, from_diffusers, from_facebook, from_seed
-from fastdit.weights.pickles import Inert, Stored, load_pickled
+from fastdit.weights.pickles import fields, load_pickled
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,19 @@ def read(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor], dict[str,
     """
     with path.open("rb") as f:
         start = f.read(2)
+    if start[:1] == b"\x80":
+        raise UserError(f"{path} is of torch.save before torch 1.6; load it with the torch that wrote it and save it again")
     if start != b"PK":
         return _plain(load_weights(path)[0]), {}
-    root, fetch = load_pickled(path)
+    root = load_pickled(path)
     places = [root.get(key) for key in (weights, "state_dict", "model", "ema")] if isinstance(root, dict) else []
     for place in [*places, root]:
-        found = (
-            {n: s for n, s in place.items() if isinstance(n, str) and isinstance(s, Stored)} if isinstance(place, dict) else {}
-        )
+        items = place.items() if isinstance(place, dict) else ()
+        found = {n: t for n, t in items if isinstance(n, str) and isinstance(t, Tensor)}
         if found:
             lightning = any(n.startswith("net.") for n in found)  # beside it lies the autoencoder, vae.…
-            chosen = {n: s for n, s in found.items() if n.startswith("net.") or not lightning}
-            return _plain({name: fetch(stored) for name, stored in chosen.items()}), _hyperparameters(root)
+            chosen = {n: t for n, t in found.items() if n.startswith("net.") or not lightning}
+            return _plain(chosen), _hyperparameters(root)
     raise UserError(f"{path} holds no tensors by name where a checkpoint has them: ema, state_dict, model, or at its top")
 
 
@@ -120,14 +121,10 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _hyperparameters(root: Any) -> dict[str, int]:
-    """The whole numbers of the configuration object in a Lightning checkpoint, read as data."""
+    """The whole numbers of the configuration object in a Lightning checkpoint."""
     found: dict[str, int] = {}
-    parameters = root.get("hyper_parameters") if isinstance(root, dict) else None
-    values = parameters.items if isinstance(parameters, Inert) else parameters
-    for value in values.values() if isinstance(values, dict) else ():
-        state = value.state if isinstance(value, Inert) else value
-        if isinstance(state, dict):
-            found.update({k: v for k, v in state.items() if isinstance(k, str) and type(v) is int and 0 < v < 1 << 20})
+    for value in fields(fields(root).get("hyper_parameters")).values():
+        found.update({k: v for k, v in fields(value).items() if type(v) is int and 0 < v < 1 << 20})
     return found
 
 
