@@ -34,7 +34,7 @@ class Modulated(nn.Module):
         super().__init__()
         model = dit(size, 2, channels=4, num_classes=0)
         config = dataclasses.replace(RECIPES["cats-256"], model=model, **options)
-        self.block = Block(model, choose_ops(config, device), recompute=False)
+        self.block = Block(model, choose_ops(config, device))
         self.adaLN_modulation = nn.Linear(model.width, 6 * model.width)
 
     def forward(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,10 +78,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """An adaLN-Zero block. Its last residual is carried: the update y it returns is gated and added by the next norm."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, recompute: bool):
+    recompute = False  # the activations in the backward, instead of keeping them
+
+    def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.ops = ops
-        self.recompute = recompute
         self.attn = Attention(config, ops)
         self.mlp = DepthwiseMLP(config, ops) if config.conv_kernel else MLP(config)
 
@@ -119,12 +120,12 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The whole network. `ops` computes its fused parts; `recompute` trades a second forward of the blocks for memory.
+    """The whole network. `ops` computes its fused parts.
 
     residual: dtype of the residual stream; None is the parameters'.
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops, recompute: bool = False, residual: torch.dtype | None = None):
+    def __init__(self, config: ModelConfig, ops: Ops, residual: torch.dtype | None = None):
         super().__init__()
         self.config, self.residual = config, residual
         D, L = config.width, config.depth
@@ -137,12 +138,12 @@ class DiT(nn.Module):
         self.y_embedder = nn.Embedding(num_rows, D) if config.num_classes else None
         # One projection makes every block's six vectors and the final layer's two: they all read the same SiLU(c).
         self.adaLN_modulation = nn.Linear(D, (6 * L + 2) * D)
-        self.blocks = nn.ModuleList(Block(config, ops, recompute) for _ in range(L))
+        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(L))
         self.final_layer = FinalLayer(config, ops)
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
         """The modulation of all blocks, [B, 6·L + 2, D], from timesteps t [B] and labels y [B] (None: unconditional)."""
-        dtype = self.adaLN_modulation.weight.dtype
+        dtype = self.x_embedder.weight.dtype
         sinusoids = timestep_embedding(t, num_frequencies(self.config), self.config.time_embedding != "dit")
         c = self.t_embedder(sinusoids.to(dtype))
         if self.y_embedder is not None:
@@ -156,14 +157,15 @@ class DiT(nn.Module):
         Returns fp32 [B, C, rows, columns], or 2·C channels with learn_sigma: the prediction, then the variance.
         modulation: `condition(t, y)` computed before, where t and y repeat across calls, as they do in sampling.
         """
+        patches = patchify(x, self.config.patch).to(self.x_embedder.weight.dtype)
+        h = self.x_embedder(patches) + self.pos_embed
+        h = h.to(self.residual or h.dtype)
         if modulation is None:
+            # After the patches, so that in the backward the modulation's gradient is whole, and on its way, before theirs.
             # Not self.condition: FSDP hooks that one, and hooks within hooks would free the weights and gather them twice.
             modulation = DiT.condition(self, t, y)
         # A block's last gate is read by whoever finishes its residual: the next block, or the final layer.
         *per_block, last = modulation.split([5] + [6] * (self.config.depth - 1) + [3], dim=1)
-        patches = patchify(x, self.config.patch).to(self.x_embedder.weight.dtype)
-        h = self.x_embedder(patches) + self.pos_embed
-        h = h.to(self.residual or h.dtype)
         update = None
         for block, vectors in zip(self.blocks, per_block, strict=True):
             h, update = block(h, update, vectors)

@@ -276,6 +276,7 @@ def resume(checkpoints: Checkpoints, optimizer: Optimizer, batch: int) -> int:
     if images_seen is None:
         return 0
     before = checkpoints.load(optimizer.tensors()).get("global_batch")
+    sharding.refresh(optimizer.model)
     if before != batch:
         raise UserError(
             f"the run has a global batch of {str(before)[:20]} images, this command {batch}; "
@@ -305,9 +306,10 @@ def build(config: Config, world: World) -> DiT:
         model = DiT(
             config.model,
             choose_ops(config, world.device),
-            recompute=config.parallel.checkpoint_activations,
             residual=residual_dtype(config),
         )
+    sharding.checkpoint(model, config.parallel)
+    sharding.compile(model, config.parallel, world.device)
     sharding.shard(model, config.parallel, world)
     model.init_weights(config.run.seed)
     if config.train.init_from:

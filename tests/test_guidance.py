@@ -11,6 +11,7 @@ from fastdit.config import DiffusionConfig, UserError
 from fastdit.diffusion import choose_objective
 from fastdit.optim import Optimizer
 from fastdit.runtime import ranks, rng, sharding
+from fastdit.runtime.sharding import local
 from fastdit.sampling import sample, sampling_times
 
 DDPM, FLOW = DiffusionConfig(clip_x0=False), DiffusionConfig(kind="flow", prediction="velocity", clip_x0=False)
@@ -72,7 +73,7 @@ def made(config) -> tuple[torch.Tensor, int]:
     generator = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():
         if name.startswith(("adaLN", "final_layer", "y_embedder")):
-            p.data.to_local().copy_(0.3 * torch.randn(p.shape, generator=generator))
+            local(p).copy_(0.3 * torch.randn(p.shape, generator=generator))
     ran = []
     model.blocks[0].register_forward_hook(lambda block, args, out: ran.append(len(args[0])))
     images = sampling.make(model, config, None, world, first=0, count=5, seed=1)
@@ -213,7 +214,7 @@ def trained(config, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
         loss.backward()
         optimizer.step(step * config.train.batch * world.size, loss.detach())
         losses.append(sum(ranks.gather(world, loss.item())) / world.size)
-    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    weights = {name: (p.full_tensor() if world.size > 1 else p).detach() for name, p in model.named_parameters()}
     ranks.shutdown()
     return losses, weights
 

@@ -8,8 +8,9 @@ import torch
 from fastdit_kernels.reference import REFERENCE
 from torch.nn import functional as F
 
-from fastdit.config import RECIPES, SIZES, ModelConfig, dit
+from fastdit.config import RECIPES, SIZES, ModelConfig, ParallelConfig, dit
 from fastdit.model import DiT, macs_per_image, named_shapes, position_embedding
+from fastdit.runtime import sharding
 
 SMALL = ModelConfig(input_size=(8, 12), channels=4, num_classes=5, patch=2, depth=3, width=48, num_heads=3)
 
@@ -159,7 +160,8 @@ def test_recomputing_activations_changes_no_gradient():
     x, t, y = inputs(SMALL)
     gradients = []
     for recompute in (False, True):
-        model = random_model(SMALL, recompute=recompute)
+        model = random_model(SMALL)
+        sharding.checkpoint(model, ParallelConfig(checkpoint_activations=recompute))
         model(x, t, y).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

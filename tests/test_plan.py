@@ -14,11 +14,12 @@ from fastdit import plan
 from fastdit.config import RECIPES, Config, ModelConfig, ParallelConfig, TrainConfig, UserError
 from fastdit.diffusion import choose_objective
 from fastdit.model import DiT, train_flops_per_image
-from fastdit.optim import Optimizer, local
+from fastdit.optim import Optimizer
 from fastdit.planning import costs
 from fastdit.planning import memory as footprint
 from fastdit.planning.gpus import GPUS
 from fastdit.runtime import ranks, sharding
+from fastdit.runtime.sharding import local
 
 BATCH = 6
 
@@ -50,7 +51,8 @@ def allocated(config: Config) -> dict[str, int]:
     """One rank's training step: bytes of its states after it, and of what the forward kept for the backward."""
     world = ranks.init(config.parallel)
     with torch.device("meta"):
-        model = DiT(config.model, OPS, recompute=config.parallel.checkpoint_activations)
+        model = DiT(config.model, OPS)
+    sharding.checkpoint(model, config.parallel)
     sharding.shard(model, config.parallel, world)
     model.init_weights(0)
     optimizer = Optimizer(model, config.train, config.train.batch * world.size)
@@ -99,7 +101,8 @@ def test_planned_bytes_are_what_two_ranks_allocate(run_ranks, model, recompute):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_peak_of_a_step_is_that_of_the_same_step_with_real_numbers(recompute):
     config = small(recompute)
-    model = DiT(config.model, OPS, recompute=recompute)
+    model = DiT(config.model, OPS)
+    sharding.checkpoint(model, config.parallel)
     model.init_weights(0)
     model.bfloat16()
     for p in model.parameters():

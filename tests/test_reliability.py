@@ -37,7 +37,7 @@ from fastdit.diffusion import DDPM
 from fastdit.meter import Meter
 from fastdit.model import DiT
 from fastdit.optim import Optimizer, Spikes
-from fastdit.runtime import ranks
+from fastdit.runtime import ranks, sharding
 from fastdit.runtime.tensors import load_weights
 
 ROOT = Path(__file__).parent.parent
@@ -417,7 +417,8 @@ def test_four_ranks_then_two_then_one_in_the_middle_of_an_epoch(finish, packs, t
 
 def initial(config: Config) -> dict[str, torch.Tensor]:
     model = train.build(config, ranks.init(config.parallel))
-    return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.state_dict().items()}
+    weights = {n: sharding.main_param(p).detach() for n, p in model.named_parameters()}
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in weights.items()}
 
 
 def test_the_first_weights_are_the_same_on_any_number_of_ranks(run_ranks, packs, tmp_path):

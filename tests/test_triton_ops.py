@@ -146,7 +146,7 @@ def test_the_models_own_block_compiles_whole_with_every_kernel(device):
     packed = torch.randn(2, 14, 40, generator=rng).to(device)
     results = []
     for compile in (False, True):
-        block = DiTBlock(config, TRITON, recompute=False)
+        block = DiTBlock(config, TRITON)
         random_weights(block)
         block.to(device)
         if compile:

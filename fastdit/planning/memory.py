@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdit.config import Config, ModelConfig, replace
 from fastdit.model import DiT, residual_dtype
+from fastdit.runtime import sharding
 from fastdit.runtime.hardware import compute_dtype
 
 RESERVED = 2 * 10**9  # for the CUDA context, NCCL's buffers and what the allocator cannot hand out
@@ -40,7 +41,8 @@ def activations(config: Config, batch: int, ops: Ops | None = None) -> Activatio
     ops = (ops or planned_ops(config))._replace(attention=flash_attention)
     m = config.model
     with torch.device("meta"):
-        model = DiT(m, ops, config.parallel.checkpoint_activations, residual_dtype(config)).to(dtype)
+        model = DiT(m, ops, residual_dtype(config)).to(dtype)
+        sharding.checkpoint(model, config.parallel)
         x, t = torch.empty(batch, m.channels, *m.input_size), torch.empty(batch)
         y = torch.empty(batch, dtype=torch.int64) if m.num_classes else None
     weights = {_key(p) for p in model.parameters()}

@@ -1,17 +1,15 @@
-"""One model over the devices of a run: compiled block by block, then sharded (FSDP2), from one CPU to nodes of GPUs.
+"""One model over the devices of a run, from one CPU to nodes of GPUs: `checkpoint`, `compile`, `shard`, in this order.
 
-Order matters: blocks recompute inside what is compiled, and are compiled before they are sharded, then the root.
+Several ranks shard the weights by FSDP2. One rank has nobody to share with: it keeps fp32 parameters, and the network computes
+on copies of them in `precision`, made once a step. Both ways give the same numbers to the bit.
 """
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastdit.config import ParallelConfig
@@ -27,69 +25,120 @@ def mesh(config: ParallelConfig, world: World) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    return list(model.get_submodule("blocks").children())
+
+
 def compiles(config: ParallelConfig, device: torch.device) -> bool:
     return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 
 
-def shard(model: nn.Module, config: ParallelConfig, world: World) -> None:
-    """Compile and shard `model.blocks`, then the root, of a model built on the meta device; place it on the device, empty.
+def checkpoint(model: nn.Module, config: ParallelConfig) -> None:
+    """Have each block compute its activations again in the backward instead of keeping them, where the config says so."""
+    for block in blocks(model):
+        block.recompute = config.checkpoint_activations  # type: ignore[assignment]
 
-    Parameters stay fp32 in their shards; they are gathered, and activations run, in `precision`; gradients are summed in fp32.
+
+def compile(model: nn.Module, config: ParallelConfig, device: torch.device) -> None:
+    """Compile each block in place, so that no `_orig_mod.` enters the names; blocks are alike, so the compiler meets few."""
+    if compiles(config, device):
+        for block in blocks(model):
+            block.compile(fullgraph=True)
+
+
+def shard(model: nn.Module, config: ParallelConfig, world: World) -> None:
+    """Place a model built on the meta device on the device, empty: whole on one rank, sharded over several.
+
+    Parameters are fp32 at rest; the network computes with them in `precision`, and gradients are summed in fp32.
     """
+    dtype = compute_dtype(config.precision, world.device)
+    if world.size == 1:
+        model.to_empty(device=world.device)
+        compute_in(model, dtype)
+        return
     policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype(config.precision, world.device),
+        param_dtype=dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # t up to 999 does not survive bf16; the model casts what should be cast
     )
     # A Linear on [B, T, D] returns a view; the warning fears in-place ops on it, and the model has none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     device_mesh = mesh(config, world)
-    for block in model.get_submodule("blocks").children():
-        if compiles(config, world.device):
-            block.compile(fullgraph=True)  # in place, so no `_orig_mod.` enters the names
+    for block in blocks(model):
         fully_shard(block, mesh=device_mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    # The root holds what is needed first and last, so freeing it in between never pays.
+    # The modulation's matrix is a third of B/2, and its gradient is whole before the root's: a group of its own is reduced
+    # then, while the backward goes on. It and the root are needed first and last, so freeing them in between never pays.
+    fully_shard(model.get_submodule("adaLN_modulation"), mesh=device_mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=device_mesh, mp_policy=policy, reshard_after_forward=False)
-    if world.size == 1:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(Gathered())
-                module.set_custom_reduce_scatter(Reduced())
     model.to_empty(device=world.device)
     register_fsdp_forward_method(model, "condition")  # sampling calls it on its own
 
 
-class Gathered(DefaultAllGather):
-    """Gathering the shards of one process: the output is its input."""
-
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
-        assert output_tensor.data_ptr() == input_tensor.data_ptr()
-
-
-class Reduced(DefaultReduceScatter):
-    """Summing the gradients of one process: FSDP asks for an input, then for an output, and copies the one to the other."""
-
-    def __init__(self) -> None:
-        self.input: Tensor | None = None
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        output, self.input = self.input, None
-        if output is None:
-            self.input = output = super().allocate(size, dtype=dtype, device=device)
-        assert output.shape == tuple(size)
-        return output
-
-
 def communicate(model: nn.Module, last: bool) -> None:
-    """Whether this micro-step's backward reduces gradients and frees gathered weights: only the last one of a step does."""
-    assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(last)
-    model.set_reshard_after_backward(last)
+    """Before each micro-step: only the last one of a step reduces gradients and frees gathered weights in its backward."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+    else:
+        collect_gradients(model)  # of the micro-step before
 
 
-def fill(parameter: Tensor, full: Tensor) -> None:
+# --- one rank: fp32 parameters, and the copies that the network computes with ---
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put copies in this dtype in the place of the model's parameters, which stay as the copies' `main_param`."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.dtype != dtype:
+                copy = nn.Parameter(torch.empty_like(p, dtype=dtype), requires_grad=p.requires_grad)
+                copy.main_param = p  # type: ignore[attr-defined]  # the name Megatron-LM gives it
+                setattr(module, name, copy)
+
+
+def main_param(parameter: nn.Parameter) -> nn.Parameter:
+    """The fp32 parameter behind what the network computes with; itself, where there is no copy."""
+    return getattr(parameter, "main_param", parameter)
+
+
+def collect_gradients(model: nn.Module) -> None:
+    """Add the copies' gradients to those of the fp32 parameters, and clear them: sums over micro-steps are fp32."""
+    for copy in model.parameters():
+        main = main_param(copy)
+        if main is not copy and copy.grad is not None:
+            if main.grad is None:
+                main.grad = copy.grad.to(main.dtype)
+            else:
+                main.grad += copy.grad
+            copy.grad = None
+
+
+@torch.no_grad()
+def refresh(model: nn.Module) -> None:
+    """After the weights have changed: FSDP drops what it gathered of the old ones, one rank copies the new ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    copies = {p: main_param(p) for p in model.parameters() if main_param(p) is not p}
+    if copies:
+        torch._foreach_copy_([*copies], [*copies.values()])
+
+
+# --- both ---
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard, sharing memory; the tensor itself where it is not sharded."""
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def fill(parameter: nn.Parameter, full: Tensor) -> None:
     """Copy a whole tensor into a parameter. Of a sharded one each rank keeps its own part: no message passes."""
     if isinstance(parameter, DTensor):
         full = full.to(parameter.device_mesh.device_type)
         full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(full)
+    main = main_param(parameter)
+    main.copy_(full)
+    if parameter is not main:
+        parameter.copy_(main)
