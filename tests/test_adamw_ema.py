@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from fastdit_kernels import reference
-from fastdit_kernels.adamw_ema import BLOCK, adamw_ema, traffic
+from fastdit_kernels.adamw_ema import BLOCK, adamw_ema, addresses, traffic
 
 LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "averages")
 SIZES = [(BLOCK,), (3, BLOCK), (1,), (BLOCK + 1,), (7, 5), (0,), (4, 3 * BLOCK - 4), (2, 2)]
@@ -128,7 +128,19 @@ def test_opcheck(device):
     op = torch.ops.fastdit.adamw_ema.default
     lists = [given[name] for name in LISTS]
     rest = [given[name] for name in ("decays", "steps", "grad_scale", "found_inf")]
-    torch.library.opcheck(op, (*lists, *rest, 3e-3, 0.9, 0.999, 1e-8, 0.02))
+    lr, weight = torch.tensor(3e-3, device=device), torch.tensor(0.02, device=device)
+    for table in (None, addresses(*lists).to(device)):
+        torch.library.opcheck(op, (*lists, *rest, lr, weight, table, 0.9, 0.999, 1e-8), test_utils="test_schema")
+    torch.library.opcheck(op, (*lists, *rest, lr, weight, None, 0.9, 0.999, 1e-8))
+
+
+def test_what_changes_between_steps_may_stand_on_the_device(device):
+    """The learning rate, the averages' weight and the table of addresses: a graph replays the launch with new ones."""
+    given, same = tensors(device), tensors(device)
+    adamw_ema(**given, **SETTINGS)
+    scalars = {name: torch.tensor(SETTINGS[name], device=device) for name in ("lr", "weight")}
+    adamw_ema(**same, **SETTINGS | scalars, table=addresses(*(same[name] for name in LISTS)).to(device))
+    assert all(torch.equal(a, b) for a, b in zip(bits(given), bits(same), strict=True))
 
 
 def test_none_is_nothing(device):

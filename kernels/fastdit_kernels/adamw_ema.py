@@ -37,8 +37,8 @@ def correction(step, log_beta):
 
 @triton.jit
 def adamw_ema_kernel(
-    p_table, p_programs, p_decays, p_steps, p_grad_scale, p_found_inf, N, lr, beta2, rest1, rest2, log_beta1, log_beta2, eps,
-    weight, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    p_table, p_programs, p_decays, p_steps, p_grad_scale, p_found_inf, p_lr, p_weight, N, beta2, rest1, rest2, log_beta1,
+    log_beta2, eps, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     i_t, i_b = tl.load(p_programs + 2 * i), tl.load(p_programs + 2 * i + 1).to(tl.int64)
@@ -63,9 +63,9 @@ def adamw_ema_kernel(
     mhat = tl.div_rn(b_m, correction(step, log_beta1))
     vhat = tl.div_rn(b_v, correction(step, log_beta2))
     b_p = tl.load(p_p + o, mask=m, other=0.0)
-    b_p -= lr * (tl.load(p_decays + i_t) * b_p + tl.div_rn(mhat, tl.sqrt_rn(vhat) + eps))
+    b_p -= tl.load(p_lr) * (tl.load(p_decays + i_t) * b_p + tl.div_rn(mhat, tl.sqrt_rn(vhat) + eps))
     b_e = tl.load(p_e + o, mask=m, other=0.0)
-    b_e += weight * (b_p - b_e)
+    b_e += tl.load(p_weight) * (b_p - b_e)
     tl.store(p_m + o, b_m, mask=m)
     tl.store(p_v + o, b_v, mask=m)
     tl.store(p_p + o, b_p, mask=m)
@@ -81,43 +81,50 @@ def programs(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.stack([tensor, block], 1).to(device, torch.int32)
 
 
+def addresses(*groups: Sequence[Tensor]) -> Tensor:
+    """The kernel's table, int64 [6, N] on the CPU: where each parameter, gradient, moment and average begins, and its size."""
+    return torch.tensor([[t.data_ptr() for t in group] for group in groups] + [[t.numel() for t in groups[0]]])
+
+
 def update(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    averages: Sequence[Tensor], decays: Tensor, steps: Tensor, grad_scale: Tensor, found_inf: Tensor, lr: float, beta1: float,
-    beta2: float, eps: float, weight: float, launch: Launch,
+    averages: Sequence[Tensor], decays: Tensor, steps: Tensor, grad_scale: Tensor, found_inf: Tensor, lr: Tensor,
+    weight: Tensor, table: Tensor | None, beta1: float, beta2: float, eps: float, launch: Launch,
 ) -> None:  # fmt: skip
     device, groups = steps.device, (params, grads, exp_avgs, exp_avg_sqs, averages)
     sizes = [p.numel() for p in params]
-    table = [[t.data_ptr() for t in group] for group in groups]
-    rows = zip(sizes, *table, strict=True)
+    rows = zip(sizes, *([t.data_ptr() for t in group] for group in groups), strict=True)
     aligned = [n % 4 == 0 and not any(address % 16 for address in addresses) for n, *addresses in rows]
-    # The caching host allocator keeps a pinned block until the copy out of it is done.
-    on_device = torch.tensor([*table, sizes], pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    if table is None:
+        # The caching host allocator keeps a pinned block until the copy out of it is done.
+        made = addresses(*groups)
+        table = (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
     for wanted in (True, False):
         owned = programs(tuple(n * (flag == wanted) for n, flag in zip(sizes, aligned, strict=True)), device)
         if len(owned):
             launch(
-                adamw_ema_kernel, (len(owned),), NUM_WARPS, p_table=on_device, p_programs=owned, p_decays=decays, p_steps=steps,
-                p_grad_scale=grad_scale, p_found_inf=found_inf, N=len(sizes), lr=lr, beta2=beta2, rest1=1 - beta1,
-                rest2=1 - beta2, log_beta1=log(beta1), log_beta2=log(beta2), eps=eps, weight=weight, ALIGNED=wanted,
+                adamw_ema_kernel, (len(owned),), NUM_WARPS, p_table=table, p_programs=owned, p_decays=decays, p_steps=steps,
+                p_grad_scale=grad_scale, p_found_inf=found_inf, p_lr=lr, p_weight=weight, N=len(sizes), beta2=beta2,
+                rest1=1 - beta1, rest2=1 - beta2, log_beta1=log(beta1), log_beta2=log(beta2), eps=eps, ALIGNED=wanted,
                 BLOCK=BLOCK,
             )  # fmt: skip
 
 
 def traffic(sizes: Sequence[int]) -> int:
     """Bytes of one update of tensors of these sizes, every address once: numbers, and the table and the list of programs."""
-    return 36 * sum(sizes) + (6 * 8 + 2 * 4) * len(sizes) + 8 * sum(triton.cdiv(n, BLOCK) for n in sizes) + 8
+    return 36 * sum(sizes) + (6 * 8 + 2 * 4) * len(sizes) + 8 * sum(triton.cdiv(n, BLOCK) for n in sizes) + 16
 
 
 @torch.library.custom_op("fastdit::adamw_ema", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "averages"))
 def _op(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    averages: Sequence[Tensor], decays: Tensor, steps: Tensor, grad_scale: Tensor, found_inf: Tensor, lr: float, beta1: float,
-    beta2: float, eps: float, weight: float,
+    averages: Sequence[Tensor], decays: Tensor, steps: Tensor, grad_scale: Tensor, found_inf: Tensor, lr: Tensor,
+    weight: Tensor, table: Tensor | None, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
     update(
-        params, grads, exp_avgs, exp_avg_sqs, averages, decays, steps, grad_scale, found_inf, lr, beta1, beta2, eps, weight, run
-    )
+        params, grads, exp_avgs, exp_avg_sqs, averages, decays, steps, grad_scale, found_inf, lr, weight, table, beta1, beta2,
+        eps, run,
+    )  # fmt: skip
 
 
 @_op.register_fake
@@ -136,11 +143,12 @@ def adamw_ema(
     grad_scale: Tensor,
     found_inf: Tensor,
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
-    weight: float,
+    weight: float | Tensor,
+    table: Tensor | None = None,
 ) -> None:
     """One step of AdamW (arXiv 1711.05101), and of an exponential average of what it makes, on N tensors in place.
 
@@ -148,6 +156,9 @@ def adamw_ema(
     one's weight decay; steps [N]: its steps, this one counted. grad_scale []: gradients are divided by it, and stay as they
     are. found_inf []: where it is not 0, nothing changes. weight: how far the averages move towards the new parameters. All are
     fp32 on one device. Raises ValueError for anything else.
+
+    lr and weight may be tensors [] on the device, and table `addresses` of the first five lists there: a CUDA graph then holds
+    nothing of the host's.
     """
     device, N = steps.device, len(params)
     groups = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "averages": averages}
@@ -159,7 +170,10 @@ def adamw_ema(
                 require("adamw_ema", f"one of {name}", t, "its parameter's shape", p.shape, (torch.float32,), device)
     for name, t in {"decays": decays, "steps": steps}.items():
         require("adamw_ema", name, t, "[N]", (N,), (torch.float32,), device)
-    for name, t in {"grad_scale": grad_scale, "found_inf": found_inf}.items():
+    lr, weight = (v if isinstance(v, Tensor) else torch.full((), v, device=device) for v in (lr, weight))
+    for name, t in {"grad_scale": grad_scale, "found_inf": found_inf, "lr": lr, "weight": weight}.items():
         require("adamw_ema", name, t, "[]", (), (torch.float32,), device)
+    if table is not None:
+        require("adamw_ema", "table", table, "[6, N]", (6, N), (torch.int64,), device)
     if N:
-        _op(*groups.values(), decays, steps, grad_scale, found_inf, lr, beta1, beta2, eps, weight)
+        _op(*groups.values(), decays, steps, grad_scale, found_inf, lr, weight, table, beta1, beta2, eps)

@@ -227,7 +227,7 @@ def adamw_ema_cases(D: int) -> list[Case]:
         Case(
             "adamw_ema", D, sum(sizes), 36, adamw_ema.traffic(sizes),
             lambda launch: adamw_ema.update(
-                *(tensors,) * 5, numbers, numbers, number, number, 1e-4, 0.9, 0.999, 1e-8, 1e-4, launch
+                *(tensors,) * 5, numbers, numbers, number, number, number, number, None, 0.9, 0.999, 1e-8, launch
             ),
             {},
         )

@@ -81,17 +81,19 @@ def adamw_ema(
     grad_scale: Tensor,
     found_inf: Tensor,
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
-    weight: float,
+    weight: float | Tensor,
+    table: Tensor | None = None,
 ) -> None:
     """One step of AdamW (arXiv 1711.05101, algorithm 2), and of an exponential average of what it makes, on N tensors in place.
 
     params, grads, exp_avgs, exp_avg_sqs and averages: N tensors each, of one shape down the lists. decays [N]: each one's
     weight decay; steps [N]: its steps, this one counted. grad_scale []: gradients are divided by it, and stay as they are.
-    found_inf []: where it is not 0, nothing changes. weight: how far the averages move towards the new parameters.
+    found_inf []: where it is not 0, nothing changes. weight: how far the averages move towards the new parameters. table: the
+    kernel's, not read here.
     """
     if found_inf:  # waits for the device; the kernel does not
         return
