@@ -130,7 +130,7 @@ def test_adamw_ema_moves_128_bits_at_a_time_and_memory_binds_it(rows):
     assert [row["arch"] for row in found] == ["sm_80", "sm_90"]
     for row in found:
         (kernel,) = row["kernels"]
-        assert kernel["loads"] == {"128": 10, "64": 6, "32": 6}  # five tensors; the table; which tensor and block, and scalars
+        assert kernel["loads"] == {"128": 10, "64": 6, "32": 8}  # five tensors; the table; which tensor and block, and scalars
         assert kernel["stores"] == {"128": 8}
         assert kernel["registers"] <= 64
         assert row["bytes_per_element"] <= 1.001 * 36

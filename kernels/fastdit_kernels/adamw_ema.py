@@ -94,7 +94,7 @@ def update(
     device, groups = steps.device, (params, grads, exp_avgs, exp_avg_sqs, averages)
     sizes = [p.numel() for p in params]
     rows = zip(sizes, *([t.data_ptr() for t in group] for group in groups), strict=True)
-    aligned = [n % 4 == 0 and not any(address % 16 for address in addresses) for n, *addresses in rows]
+    aligned = [n % 4 == 0 and not any(start % 16 for start in starts) for n, *starts in rows]
     if table is None:
         # The caching host allocator keeps a pinned block until the copy out of it is done.
         made = addresses(*groups)
