@@ -75,7 +75,9 @@ class ModelConfig:
     class_dropout: float = 0.0  # share of labels replaced by the null class, for classifier-free guidance
     learn_sigma: bool = False  # predict the reverse process's variance too (twice the output channels)
     qk_norm: bool = False  # RMS-normalise q and k per head
-    time_embedding: Literal["dit", "diffusers", "seed"] = "dit"  # whose sinusoids of t: others fit weights trained elsewhere
+    time_embedding: Literal["dit", "diffusers", "seed", "sit"] = (
+        "dit"  # whose sinusoids of t; weights trained elsewhere need theirs
+    )
     position: Literal["learned", "fixed"] = "learned"  # embedding of the token's place, from a sinusoidal start
 
 

@@ -29,6 +29,7 @@ from fastdit.runtime.files import read_sums, verify
 from fastdit.runtime.tensors import contents, load_weights
 from fastdit.weights import folder
 from fastdit.weights.foreign import sinusoids
+from fastdit.weights.layouts import DIFFUSERS, to_theirs
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,8 @@ def save_pipeline(model: DiT, config: Config, out: Path) -> None:
 
 def to_diffusers(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Arguments and weights of a DiTTransformer2DModel with the same outputs. Raises UserError where its class has none."""
-    D, L, p, rows = config.width, config.depth, config.patch, config.num_classes + (config.class_dropout > 0)
-    moved = not torch.allclose(tensors["pos_embed"], sinusoids(config), rtol=0, atol=1e-6)
+    D = config.width
+    moved = config.position != "fixed" and not torch.allclose(tensors["pos_embed"], sinusoids(config), rtol=0, atol=1e-6)
     for wrong, why in (
         (config.conv_kernel, "has no depthwise convolution"),
         (config.qk_norm, "has no QK-norm"),
@@ -177,36 +178,19 @@ def to_diffusers(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[dict[
         if wrong:
             raise UserError(f"diffusers' DiT {why}; use --format pipeline")
     # Its table always ends with a null class, and it always has classes: one of zeros is none.
+    theirs = dataclasses.replace(config, num_classes=max(config.num_classes, 1), class_dropout=config.class_dropout or 0.1)
     table = tensors.get("y_embedder.weight", torch.zeros(1, D))
-    table = torch.cat([table, torch.zeros(max(config.num_classes, 1) + 1 - max(rows, 1), D)])
-    state = {
-        "pos_embed.proj.weight": tensors["x_embedder.weight"].view(D, config.channels, p, p),
-        "pos_embed.proj.bias": tensors["x_embedder.bias"],
-    }
-    modulations = {leaf: tensors[f"adaLN_modulation.{leaf}"].split([6 * D] * L + [2 * D]) for leaf in ("weight", "bias")}
-    for leaf in ("weight", "bias"):
-        for n in range(L):
-            b, theirs = f"blocks.{n}", f"transformer_blocks.{n}"
-            state[f"{theirs}.norm1.linear.{leaf}"] = modulations[leaf][n]
-            state[f"{theirs}.norm1.emb.timestep_embedder.linear_1.{leaf}"] = tensors[f"t_embedder.0.{leaf}"]
-            state[f"{theirs}.norm1.emb.timestep_embedder.linear_2.{leaf}"] = tensors[f"t_embedder.2.{leaf}"]
-            state[f"{theirs}.norm1.emb.class_embedder.embedding_table.weight"] = table
-            for x, part in zip("qkv", tensors[f"{b}.attn.qkv.{leaf}"].chunk(3), strict=True):
-                state[f"{theirs}.attn1.to_{x}.{leaf}"] = part
-            state[f"{theirs}.attn1.to_out.0.{leaf}"] = tensors[f"{b}.attn.proj.{leaf}"]
-            state[f"{theirs}.ff.net.0.proj.{leaf}"] = tensors[f"{b}.mlp.fc1.{leaf}"]
-            state[f"{theirs}.ff.net.2.{leaf}"] = tensors[f"{b}.mlp.fc2.{leaf}"]
-        state[f"proj_out_1.{leaf}"] = modulations[leaf][L]
-        state[f"proj_out_2.{leaf}"] = tensors[f"final_layer.linear.{leaf}"]
+    table = torch.cat([table, torch.zeros(theirs.num_classes + 1 - len(table), D)])
+    state = to_theirs(DIFFUSERS, theirs, {**tensors, "y_embedder.weight": table})
     about = {
         "num_attention_heads": config.num_heads,
         "attention_head_dim": D // config.num_heads,
         "in_channels": config.channels,
         "out_channels": config.channels * (1 + config.learn_sigma),
-        "num_layers": L,
+        "num_layers": config.depth,
         "sample_size": config.input_size[0],
-        "patch_size": p,
-        "num_embeds_ada_norm": max(config.num_classes, 1),
+        "patch_size": config.patch,
+        "num_embeds_ada_norm": theirs.num_classes,
         "norm_eps": 1e-6,
     }
     return about, state

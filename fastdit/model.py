@@ -143,8 +143,9 @@ class DiT(nn.Module):
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
         """The modulation of all blocks, [B, 6·L + 2, D], from timesteps t [B] and labels y [B] (None: unconditional)."""
-        dtype = self.x_embedder.weight.dtype
-        sinusoids = timestep_embedding(t, num_frequencies(self.config), self.config.time_embedding != "dit")
+        dtype, whose = self.x_embedder.weight.dtype, self.config.time_embedding
+        t = t / 1000 if whose == "sit" else t
+        sinusoids = timestep_embedding(t, num_frequencies(self.config), endpoint=whose in ("diffusers", "seed"))
         c = self.t_embedder(sinusoids.to(dtype))
         if self.y_embedder is not None:
             assert y is not None, "a class-conditional model needs labels"

@@ -22,12 +22,13 @@ from torch.nn import functional as F
 
 from fastdit import config as C
 from fastdit.config import SIZES, UserError
-from fastdit.convert import Options, convert, read, read_diffusers
+from fastdit.convert import Options, convert
 from fastdit.model import DiT, position_embedding
 from fastdit.runtime.tensors import save_weights
 from fastdit.weights.folder import from_pretrained
 from fastdit.weights.foreign import from_diffusers, from_facebook, from_seed
 from fastdit.weights.pickles import check_pickle, load_pickled
+from fastdit.weights.sources import read, read_diffusers
 
 D, L, H, T = 48, 2, 3, 16  # a width, blocks, heads and tokens that are no size of the paper's
 ROOT = Path(__file__).parent.parent
