@@ -52,7 +52,8 @@ class DataConfig:
     image_column: str = "image"  # of a hub dataset or parquet
     label_column: str = "label"  # of a hub dataset or parquet; unlabelled where there is no such column
     num_images: int = 0  # use only the first so many images; 0: all (cats: 20,000)
-    image_size: tuple[int, int] = (32, 32)  # rows and columns every image is resized to
+    image_size: tuple[int, int] = (32, 32)  # rows and columns of every image
+    crop: Literal["center", "random", "none"] = "center"  # how pictures get that size, the aspect ratio kept; none: squashed
     hflip: bool = True  # see each image mirrored half of the time
     vae: str = ""  # folder or hub id of a diffusers AutoencoderKL; empty: train on pixels
     vae_revision: str = ""  # hub revision of the VAE to pin
@@ -187,7 +188,7 @@ RECIPES = {
     ),
     # The paper recipe of this repository: huggan/cats at 256 pixels, DiT-B/2 on SD latents, 8 GPUs.
     "cats-256": Config(
-        data=DataConfig("hub", path="huggan/cats", image_size=(256, 256), vae="stabilityai/sd-vae-ft-mse"),
+        data=DataConfig("hub", path="huggan/cats", image_size=(256, 256), crop="none", vae="stabilityai/sd-vae-ft-mse"),
         model=dit("B", 2, channels=4, num_classes=0),
         diffusion=DiffusionConfig(clip_x0=False),
         train=TrainConfig(images=10_000_000, batch=32, lr=1e-4, weight_decay=1e-2),
@@ -240,7 +241,10 @@ def validate(config: Config) -> None:
             d.source != "cats" or d.image_size in ((32, 32), (64, 64)),
             f"--data.image_size {image}: the embedded cats come at 32×32 or 64×64",
         ),
-        (d.vae or m.channels == 3, f"--model.channels is {m.channels}; pixels have 3 (for latents name a --data.vae)"),
+        (
+            d.vae or m.channels in (1, 3),
+            f"--model.channels is {m.channels}; pixels have 3 or, grey, 1 (latents need --data.vae)",
+        ),
         (
             d.vae or m.input_size == d.image_size,
             f"--model.input_size {grid} differs from --data.image_size {image}; without a VAE they are equal",

@@ -18,7 +18,7 @@ from torchvision.utils import make_grid
 
 from fastdit import sampling
 from fastdit.command import exit_cleanly, parse
-from fastdit.config import Config, UserError
+from fastdit.config import Config, UserError, plain
 from fastdit.data import encoding, images, vae
 from fastdit.data import pack as packs
 from fastdit.runtime import ranks
@@ -37,11 +37,12 @@ def encode(config: Config) -> None:
     with _bar(world.rank == 0) as progress:
         path = encoding.ensure(config, world, progress=progress)
     picture = path.with_name(f"{path.name}.round-trip.png")
-    if config.data.vae and not ranks.once(world, picture.exists):  # a function of the pack, as its name is
+    drawable = config.data.vae and images.origin(config.data).kind != "pack"  # a pack has no pictures
+    if drawable and not ranks.once(world, picture.exists):  # a function of the pack, as its name is
         ranks.once(world, lambda: round_trip(config, world, picture))
     if world.rank == 0:
         lines = report(path)
-        if config.data.vae:
+        if drawable:
             lines.append(f"round trip: {picture}, images above what the VAE makes of them")
         print("\n".join([*lines, f"{time.perf_counter() - start:.1f} s in all"]), flush=True)
     ranks.shutdown()
@@ -79,36 +80,34 @@ def round_trip(config: Config, world: World, picture: Path, most: int = 8) -> No
 
 
 def report(path: Path) -> list[str]:
-    """What a pack holds, in lines."""
-    manifest, data = packs.open_data(path)
-    m = manifest
+    """What a pack holds, in lines fit for a terminal."""
+    m, data = packs.open_data(path)
+    names = f" ({', '.join(m.class_names[:20])}{', …' if m.num_classes > 20 else ''})" if m.class_names else ""
     lines = [
-        f"{path}: {m.count:,} images of {m.dataset}, {data.numel() / 2**20:,.1f} MiB",
+        f"{path}: {m.count:,} images of {m.dataset}, {data.size / 2**20:,.1f} MiB",
         f"rows: {m.dtype} {m.shape}" + (f", moments of {m.vae} {m.vae_revision}".rstrip() if m.vae else ""),
-        f"classes: {m.num_classes}"
-        + (f" ({', '.join(m.class_names[:20])}{', …' if m.num_classes > 20 else ''})" if m.class_names else ""),
+        f"classes: {m.num_classes}{names}",
     ]
     reasons = Counter(reason for _, reason in m.skipped)
-    lines += (
-        [f"skipped: {len(m.skipped):,} ({'; '.join(f'{n} × {reason}' for reason, n in reasons.most_common(5))})"]
-        if reasons
-        else []
-    )
+    if reasons:
+        lines.append(f"skipped: {len(m.skipped):,} ({'; '.join(f'{n} × {reason}' for reason, n in reasons.most_common(5))})")
     lines += [f"  {name!r}: {reason}" for name, reason in m.skipped[:10]]
     if m.vae:
-        mean, std = statistics(manifest, data)
-        lines += [f"scaled latents, per channel: mean {_numbers(mean)}; std {_numbers(std)}"]
-    return lines
+        mean, std = statistics(m, data)
+        lines.append(f"scaled latents, per channel: mean {_numbers(mean)}; std {_numbers(std)}")
+    return [plain(line, 2000) for line in lines]
 
 
-def statistics(m: packs.Manifest, data: Tensor, most: int = 4096) -> tuple[Tensor, Tensor]:
+def statistics(m: packs.Manifest, data: packs.DataFile, most: int = 4096) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the scaled latents per channel, fp64 [C], over up to `most` images spread over the pack.
 
-    Exact over the posterior, with no draw: the variance of a mixture is that of its means plus the mean of its variances.
+    Exact over the posterior, with no sampling: the variance of a mixture is that of its means plus the mean of its variances.
     """
-    rows = data[: m.count * m.row_bytes].view(packs.DTYPES[m.dtype]).view(m.count, *m.shape)
-    rows = rows[:: max(1, m.count // most)].double()  # [N, 2, 2·C, h, w]
-    mean, logvar = rows.transpose(0, 2).flatten(1).chunk(2)  # [C, ·]
+    places = range(0, m.count, max(1, m.count // most))
+    rows = torch.empty((len(places), *m.shape), dtype=packs.DTYPES[m.dtype])  # [N, 2, 2·C, h, w]
+    for place, row in zip(places, rows, strict=True):
+        data.read(place * m.row_bytes, row)
+    mean, logvar = rows.double().transpose(0, 2).flatten(1).chunk(2)  # [C, ·]
     variance = mean.var(1, correction=0) + logvar.clamp(-30, 20).exp().mean(1)
     return (mean.mean(1) - m.shift) * m.scale, variance.sqrt() * m.scale
 

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from fastdit.config import RECIPES, Config, UserError, replace
-from fastdit.data import encoding
+from fastdit.data import chunks, encoding
 from fastdit.data import pack as packs
 from fastdit.runtime.ranks import World
 
@@ -86,9 +86,9 @@ def encode(config: Config, chunk: int, kill_at: int = -1, kill_rank: int = 0) ->
         encoded.append(path.suffix == ".bin" and path.stem.isdigit())
 
     with pytest.MonkeyPatch.context() as patch:
-        write = encoding._write
-        patch.setattr(encoding, "CHUNK", chunk)
-        patch.setattr(encoding, "_write", writing)
+        write = chunks.write
+        patch.setattr(chunks, "CHUNK", chunk)
+        patch.setattr(chunks, "write", writing)
         path = encoding.ensure(config, world, quiet)
     return hashlib.sha256((path / "data.bin").read_bytes()).hexdigest(), sum(encoded)
 
@@ -134,12 +134,12 @@ def test_a_batch_of_an_encoded_pack_is_what_the_autoencoder_says(latent_config):
 
 def test_the_second_time_nothing_is_encoded(config, monkeypatch):
     path = encoding.ensure(config, ALONE, quiet)
-    monkeypatch.setattr(encoding, "_encode", None)
+    monkeypatch.setattr(encoding, "encode", None)
     assert encoding.ensure(config, ALONE, quiet) == path
 
 
 def test_progress_and_log_tell_what_happens(config, monkeypatch):
-    monkeypatch.setattr(encoding, "CHUNK", 10)
+    monkeypatch.setattr(chunks, "CHUNK", 10)
     lines, seen = [], []
     path = encoding.ensure(config, ALONE, lines.append, lambda *progress: seen.append(progress))
     assert seen == [(10, 43, 1), (20, 43, 1), (30, 43, 1), (40, 43, 2), (43, 43, 2)]
@@ -201,9 +201,9 @@ def refused(config: Config, full_rank: int = -1) -> str:
         raise OSError(28, "No space left on device", str(path))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "CHUNK", 4)
+        patch.setattr(chunks, "CHUNK", 4)
         if rank == full_rank:
-            patch.setattr(encoding, "_write", full)
+            patch.setattr(chunks, "write", full)
         with pytest.raises(UserError) as caught:
             encoding.ensure(config, World(rank, size, rank, size, torch.device("cpu")), quiet)
     return str(caught.value)
@@ -245,7 +245,7 @@ def test_a_folder_of_nothing_but_damage_fails(config, folder):
 
 def test_a_chunk_damaged_since_is_encoded_anew(config, tmp_path, monkeypatch):
     truth, _ = encode(replace(config, data={"packs": str(tmp_path / "whole")}), 10)
-    monkeypatch.setattr(encoding, "_join", None)
+    monkeypatch.setattr(chunks, "join", None)
     with pytest.raises(TypeError):
         encode(config, 10)
     monkeypatch.undo()

@@ -19,7 +19,7 @@ from fastdit import command
 from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import UserError
-from fastdit.data import images
+from fastdit.data import decode
 from fastdit.data import pack as packs
 from fastdit.runtime.tensors import load_weights, save_weights
 
@@ -391,12 +391,12 @@ def test_pictures(count, kind, soaked):
     @given(CHANGES, ENDS, st.sampled_from([64, 512, None]))
     def check(changes, end, within):
         try:
-            image = images.decode(changed(data, changes, end, within))
+            image = decode.decode(changed(data, changes, end, within))
         except ValueError as error:
             one_line(error, 300)
             return
         assert image.mode == "RGB"
-        assert image.width * image.height <= images.MAX_PIXELS
+        assert image.width * image.height <= decode.MAX_PIXELS
 
     check()
     soaked(f"fuzz: {kind}", tried=count, tracebacks=0)

@@ -1,13 +1,11 @@
 """Encoding: a dataset becomes a pack (fastdit/data/pack.py) once, on all ranks together; training only ever reads packs.
 
-Images are encoded in chunks, dealt to the ranks in turn. A chunk is committed by a rename, so a killed encode goes on where it
-was, on any number of ranks, and the finished data file has the same bytes whichever way it came about. The pack appears under
-its name all at once; the name ends in a hash of everything its content follows from.
+Images are encoded in chunks, which the ranks take in turn. A chunk is committed by a rename, so a killed encode goes on where
+it was, on any number of ranks, and the finished data file has the same bytes whichever way it came about. The pack appears
+under its name all at once; the name ends in a hash of everything its content follows from.
 """
 
 import contextlib
-import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -15,26 +13,21 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from fastdit.config import Config, DataConfig, UserError
-from fastdit.data import images, vae
-from fastdit.data.pack import FORMAT, Batch, Manifest, Pack, normalise, read_manifest, verify
+from fastdit.config import Config, DataConfig, UserError, plain
+from fastdit.data import chunks, images, vae
+from fastdit.data.decode import TRANSFORMS
+from fastdit.data.manifest import FORMAT
+from fastdit.data.pack import Batch, Manifest, Pack, read_manifest, verify
+from fastdit.data.source import ImageSource
 from fastdit.runtime.ranks import World, every, gather, once
 
-__all__ = ["Batch", "Manifest", "Pack", "ensure", "open_pack", "read_manifest", "verify"]
+__all__ = ["Batch", "Manifest", "Pack", "ensure", "folder", "open_pack", "read_manifest", "verify"]
 
 Progress = Callable[[int, int, int], None]  # images done, images in all, images skipped
-
-CHUNK = 256  # images between two commits; what a kill can cost each rank
-BATCH = 64  # images the VAE is given at once
-TRANSFORM = "upright RGB on white; resized bilinear, antialiased; [0, 255] to [-1, 1]"
 
 
 def ensure(
@@ -52,10 +45,22 @@ def ensure(
         log, progress = (lambda line: None), (lambda done, total, skipped: None)
     path = once(world, lambda: folder(config.data))
     if not once(world, path.exists):
-        _encode(config, world, path, log, progress)
+        cores = len(os.sched_getaffinity(0)) // world.local_size
+        source = every(world, lambda: images.open_images(config.data, threads=max(1, cores)))
+        autoencoder = every(world, lambda: vae.load(config.data, world.device) if config.data.vae else None)
+        shape = every(world, lambda: row_shape(source, autoencoder))
+        if autoencoder or config.model.channels != 1:  # whether pictures are grey is known at the end
+            _fits(config, shape, len(source.class_names) or int(source.labelled), config.data.vae)
+        encode(source, autoencoder, world, path, config.data.max_bad, log, progress)
     elif world.rank == 0:
-        shutil.rmtree(_staging(path), ignore_errors=True)  # a kill between naming the pack and clearing up leaves it
+        shutil.rmtree(chunks.staging_of(path), ignore_errors=True)  # a kill between naming the pack and clearing up leaves it
     manifest = once(world, lambda: read_manifest(path))
+    if bool(manifest.vae) != bool(config.data.vae):
+        raise UserError(
+            f"{plain(path)} holds latents of {plain(manifest.vae)}; name it by --data.vae"
+            if manifest.vae
+            else f"{plain(path)} holds pixels, and --data.vae is {plain(config.data.vae)}"
+        )
     _fits(config, manifest.image_shape, manifest.num_classes, manifest.vae)
     return path
 
@@ -67,18 +72,24 @@ def open_pack(config: Config, world: World, log: Callable[[str], None] = print) 
 
 
 def folder(data: DataConfig) -> Path:
-    """Where the pack of this data and VAE is or will be: packs/READABLE-HASH."""
+    """Where the pack of this data and VAE is or will be: packs/READABLE-HASH, or the pack that the path names itself."""
+    origin = images.origin(data)
+    if origin.kind == "pack":
+        return Path(origin.path).expanduser()
     follows_from = {
         "format": FORMAT,
-        "transform": TRANSFORM,
-        **{f.name: getattr(data, f.name) for f in dataclasses.fields(data)},
-        "files": [_stamp(data.path), _stamp(data.vae)],
+        "transform": TRANSFORMS["none" if origin.kind == "cats" else data.crop],
+        "source": "folder" if origin.kind == "parquet" else origin.kind,
+        "path": origin.path,
+        "split": origin.split,
+        "revision": origin.revision,
+        **{name: getattr(data, name) for name in ("image_column", "label_column", "num_images", "image_size")},
+        **{name: getattr(data, name) for name in ("vae", "vae_revision")},
+        "files": ["" if origin.kind == "hub" and not Path(origin.path).is_dir() else _stamp(origin.path), _stamp(data.vae)],
     }
-    for name in ("packs", "device_gib", "max_bad", "hflip", "streaming"):  # change where it is, or how it is read
-        del follows_from[name]
     digest = hashlib.sha256(json.dumps(follows_from, sort_keys=True).encode()).hexdigest()[:10]
     words = [
-        {"cats": "cats", "folder": Path(data.path).resolve().name, "hub": data.path}[data.source],
+        {"cats": "cats", "hub": origin.path}.get(origin.kind, Path(origin.path).expanduser().resolve().name),
         "x".join(map(str, data.image_size)),
         data.vae.rstrip("/").split("/")[-1],
     ]
@@ -86,22 +97,38 @@ def folder(data: DataConfig) -> Path:
     return Path(data.packs) / f"{readable.lower()}-{digest}"
 
 
-def _staging(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
 def _stamp(path: str) -> str:
-    """A hash of a local folder's file names, sizes and times; empty for what is not a local folder."""
-    root = Path(path).expanduser()
-    if not path or not root.is_dir():
+    """A hash of the names, sizes and times of a local folder's files, or of one file; empty for what is not on the disk."""
+    root = os.path.expanduser(path)
+    if not path or not os.path.exists(root):
         return ""
-    files = sorted(Path(where, name) for where, _, names in os.walk(root) for name in names if not name.startswith("."))
-    stamps = [(str(f.relative_to(root)), (s := f.lstat()).st_size, s.st_mtime_ns) for f in files]
-    return hashlib.sha256(repr(stamps).encode()).hexdigest()
+    found = []
+    for where, _, names in os.walk(root):
+        inside = os.path.relpath(where, root)
+        for name in names:
+            if not name.startswith("."):
+                stat = os.lstat(os.path.join(where, name))
+                found.append((os.path.normpath(os.path.join(inside, name)), stat.st_size, stat.st_mtime_ns))
+    if os.path.isfile(root):
+        stat = os.stat(root)
+        found.append((os.path.basename(root), stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
+
+
+def row_shape(source: ImageSource, autoencoder: vae.VAE | None) -> tuple[int, int, int]:
+    """[C, h, w] of what the network will see of a source in colour. Raises UserError for a size the VAE cannot take."""
+    rows, columns = source.image_size
+    if autoencoder is None:
+        return 3, rows, columns
+    if rows % autoencoder.factor or columns % autoencoder.factor:
+        raise UserError(
+            f"--data.image_size {rows}×{columns}: {plain(autoencoder.name)} needs multiples of {autoencoder.factor}"
+        )
+    return autoencoder.channels, rows // autoencoder.factor, columns // autoencoder.factor
 
 
 def _fits(config: Config, shape: tuple[int, ...], num_classes: int, vae_name: str) -> None:
-    m, what = config.model, f"the latents of {vae_name}" if vae_name else "the images"
+    m, what = config.model, f"the latents of {plain(vae_name)}" if vae_name else "the images"
     if m.channels != shape[0]:
         raise UserError(f"--model.channels is {m.channels}; {what} have {shape[0]}")
     if m.input_size != shape[1:]:
@@ -112,183 +139,42 @@ def _fits(config: Config, shape: tuple[int, ...], num_classes: int, vae_name: st
         raise UserError(f"--model.num_classes is {m.num_classes}; the images have {num_classes} classes (0 ignores them)")
 
 
-# --- encoding ---
-
-
-def _encode(config: Config, world: World, path: Path, log: Callable[[str], None], progress: Progress | None) -> None:
-    data, staging = config.data, _staging(path)
-    cores = len(os.sched_getaffinity(0)) // world.local_size
-    source = every(world, lambda: images.open_images(data, threads=max(1, cores)))
-    autoencoder = every(world, lambda: vae.load(data, world.device) if data.vae else None)
-    shape = (3, *data.image_size)
-    if autoencoder:
-        if any(side % autoencoder.factor for side in data.image_size):
-            size = "×".join(map(str, data.image_size))
-            raise UserError(f"--data.image_size {size}: {data.vae} needs multiples of {autoencoder.factor}")
-        shape = (autoencoder.channels, *(side // autoencoder.factor for side in data.image_size))
-    _fits(config, shape, len(source.class_names) or int(source.labelled), data.vae)
-
+def encode(
+    source: ImageSource,
+    autoencoder: vae.VAE | None,
+    world: World,
+    path: Path,
+    max_bad: float,
+    log: Callable[[str], None],
+    progress: Progress | None,
+) -> None:
+    """Make the pack of a source at `path`, on all ranks together, going on from the chunks that are there already."""
+    staging = chunks.staging_of(path)
     with contextlib.ExitStack() as stack:
-        once(world, lambda: stack.enter_context(_locked(staging)))
+        once(world, lambda: stack.enter_context(chunks.locked(staging)))
         if once(world, path.exists):  # another process finished it meanwhile
             return
-        num_chunks = -(-source.length // CHUNK)
-        log(f"encoding {source.name} into {path}; {len(list(staging.glob('*.json')))} of {num_chunks} chunks are there already")
+        total = chunks.num_chunks(source)
+        there = len(list(staging.glob("*.json")))
+        log(f"encoding {plain(source.name)} into {plain(path)}; {there} of {total} chunks are there already")
         parts: list[dict[str, Any]] = []
-        skipped: list[Any] = []
+        num_skipped = 0
         start = logged = time.monotonic()
-        for first in range(0, num_chunks, world.size):
-            encode = functools.partial(_chunk, source, autoencoder, staging, first + world.rank)
-            for part in filter(None, gather(world, every(world, encode))):
+        for first in range(0, total, world.size):
+            chunk = functools.partial(chunks.encode, source, autoencoder, staging, first + world.rank)
+            for part in filter(None, gather(world, every(world, chunk))):
                 parts.append(part)
-                skipped += part["skipped"]
-            if len(skipped) > data.max_bad * source.length:
-                once(world, functools.partial(_reject, path, skipped, source.length, data.max_bad))
-            done = min((first + world.size) * CHUNK, source.length)
+                num_skipped += len(part["skipped"])
+            if num_skipped > max_bad * source.length:
+                skipped = [row for part in parts for row in part["skipped"]]
+                once(world, functools.partial(chunks.reject, path, skipped, source.length, max_bad))
+            done = min((first + world.size) * chunks.CHUNK, source.length)
             if progress:
-                progress(done, source.length, len(skipped))
+                progress(done, source.length, num_skipped)
             elif time.monotonic() - logged > 10:
                 logged = time.monotonic()
                 log(f"encoded {done:,} of {source.length:,} images")
-        count = once(world, lambda: _join(data, source, autoencoder, staging, path, parts))
-        log(f"encoded {count:,} images in {time.monotonic() - start:.1f} s; {len(skipped)} skipped")
+        manifest = once(world, lambda: chunks.join(source, autoencoder, staging, path, parts, max_bad))
+        log(f"encoded {manifest.count:,} images in {time.monotonic() - start:.1f} s; {num_skipped} skipped")
     if not all(gather(world, path.exists())):
-        raise UserError(f"{path} is not there on every node; --data.packs must be a folder that all nodes share")
-
-
-@contextlib.contextmanager
-def _locked(staging: Path) -> Iterator[None]:
-    """Hold the staging folder; the lock goes with the process that holds it, however it ends."""
-    staging.mkdir(parents=True, exist_ok=True)
-    with (staging / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is encoding into {staging}; run again when it is done") from None
-        yield
-
-
-def _chunk(source: images.ImageSource, autoencoder: vae.VAE | None, staging: Path, number: int) -> dict[str, Any] | None:
-    """Encode images CHUNK·number … into staging/NUMBER.bin, unless NUMBER.json says that they are; its content is returned.
-
-    None where there are no such images.
-    """
-    if number * CHUNK >= source.length:
-        return None
-    file, commit = staging / f"{number:07d}.bin", staging / f"{number:07d}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(commit.read_text())
-    labels: list[int | None] = []
-    skipped: list[tuple[str, str]] = []
-    batch: list[images.Pixels] = []
-    rows: list[Tensor] = []
-    for example in source.read(number * CHUNK, min((number + 1) * CHUNK, source.length)):
-        if example.image is None:
-            skipped.append((example.name, example.reason))
-        else:
-            batch.append(example.image)
-            labels.append(example.label)
-        if len(batch) == BATCH:
-            rows.append(_rows(batch, autoencoder))
-            batch = []
-    rows += [_rows(batch, autoencoder)] if batch else []
-    content = b"".join(row.view(torch.uint8).numpy().tobytes() for row in rows)
-    shape = list(rows[0].shape[1:]) if rows else []
-    part = {"sha256": hashlib.sha256(content).hexdigest(), "shape": shape, "labels": labels, "skipped": skipped}
-    # Not flushed to the disk: `_join` compares the hash, and has a chunk that a power cut damaged encoded again.
-    _write(file, [content])
-    _write(commit, [json.dumps(part).encode()])
-    return part
-
-
-def _rows(batch: list[images.Pixels], autoencoder: vae.VAE | None) -> Tensor:
-    pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous()  # [B, 3, H, W]
-    if autoencoder is None:
-        return pixels
-    x = normalise(pixels.to(autoencoder.device))
-    both = torch.stack([autoencoder.moments(x), autoencoder.moments(x.flip(-1))], dim=1)  # [B, 2, 2·C, h, w]
-    if not both.isfinite().all():
-        raise UserError("the VAE gives latents that are not finite; is it the right one?")
-    return both.bfloat16().cpu().contiguous()
-
-
-def _join(
-    data: DataConfig,
-    source: images.ImageSource,
-    autoencoder: vae.VAE | None,
-    staging: Path,
-    path: Path,
-    parts: list[dict[str, Any]],
-) -> int:
-    """Put the chunks together, aside, and give the whole its name. Returns the number of images."""
-    skipped = [[name, reason] for part in parts for name, reason in part["skipped"]]
-    labels = [label for part in parts for label in part["labels"]]
-    if not labels or len(skipped) > data.max_bad * (len(labels) + len(skipped)):
-        _reject(path, skipped, len(labels) + len(skipped), data.max_bad)
-    label_bytes = np.array(labels, np.int64).tobytes() if source.labelled else b""
-    manifest = Manifest(
-        format=FORMAT,
-        dataset=source.name,
-        transform=TRANSFORM,
-        vae=data.vae,
-        vae_revision=autoencoder.revision or data.vae_revision if autoencoder else "",
-        count=len(labels),
-        shape=next(part["shape"] for part in parts if part["labels"]),
-        dtype="bfloat16" if autoencoder else "uint8",
-        scale=autoencoder.scale if autoencoder else 1.0,
-        shift=autoencoder.shift if autoencoder else 0.0,
-        labelled=source.labelled,
-        num_classes=(len(source.class_names) or max(labels) + 1) if source.labelled else 0,
-        class_names=list(source.class_names),
-        chunks=[[len(part["labels"]), part["sha256"]] for part in parts],
-        labels_sha256=hashlib.sha256(label_bytes).hexdigest() if source.labelled else "",
-        skipped=skipped,
-    )
-
-    def content() -> Iterator[bytes]:
-        for number, part in enumerate(parts):
-            file = staging / f"{number:07d}.bin"
-            rows = file.read_bytes()
-            if hashlib.sha256(rows).hexdigest() != part["sha256"]:
-                file.with_suffix(".json").unlink()
-                raise UserError(f"{file} was damaged since it was written; run again to encode its images anew")
-            yield rows
-        yield label_bytes
-
-    whole = staging / "pack"
-    whole.mkdir(exist_ok=True)
-    _write(whole / "data.bin", content(), flush=True)
-    _write(whole / "manifest.json", [json.dumps(dataclasses.asdict(manifest), indent=1).encode()], flush=True)
-    whole.rename(path)
-    _flush(path)
-    _flush(path.parent)
-    shutil.rmtree(staging, ignore_errors=True)
-    return manifest.count
-
-
-def _reject(path: Path, skipped: list[Any], total: int, max_bad: float) -> None:
-    report = path.with_name(path.name + ".rejected.txt")
-    lines = [f"{name!r}: {reason}" for name, reason in skipped]
-    report.write_text("\n".join([*lines, ""]))
-    found = f"{len(skipped):,} of {total:,} images cannot be used; --data.max_bad allows {max_bad:.1%}"
-    raise UserError(f"{found} ({'; '.join(lines[:3])}; all in {report})")
-
-
-def _write(path: Path, blocks: Iterable[bytes], flush: bool = False) -> None:
-    """Write a file that appears under its name only when it is whole."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
-        for block in blocks:
-            file.write(block)
-        if flush:
-            file.flush()
-            os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        raise UserError(f"{plain(path)} is not there on every node; --data.packs must be a folder that all nodes share")

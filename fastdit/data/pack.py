@@ -1,134 +1,107 @@
-"""A pack: a dataset encoded once into one memory-mapped file, and batches of it that are a function of images seen alone.
+"""A pack: a dataset encoded once into one file, and batches of it that are a function of images seen alone.
 
 A pack is a folder of two files. data.bin holds `count` rows, then their labels as int64; a row is either uint8 pixels
 [3, H, W], or the bf16 moments of an image and of its mirror image, [2, 2·C, h, w]: the posterior is drawn afresh each time
 an image is seen. manifest.json says what the rows are and where they came from, and holds their checksums.
 """
 
-import dataclasses
+import contextlib
 import hashlib
-import json
-import math
-import re
+import os
 import time
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastdit.config import UserError
+from fastdit.config import RankError, UserError, plain
+from fastdit.data.manifest import DTYPES, FORMAT, Manifest, changes, identity, read_manifest
 from fastdit.runtime import rng
-from fastdit.runtime.files import read_file
 
-FORMAT = 1
-LIMIT = 1 << 28  # bytes of manifest.json; ImageNet's has 5 MB
+__all__ = ["DTYPES", "FORMAT", "Manifest", "changes", "identity", "read_manifest"]
+
 VERIFY_BYTES = 1 << 30  # packs up to this size are hashed whenever they are opened: at most 0.6 s
-DTYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16}
+PIECE = 16 << 20  # bytes read at a time
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a pack holds."""
+class DataFile:
+    """data.bin of a pack, open. It is read and never mapped: a mapped file that is cut short kills whoever reads it (SIGBUS).
 
-    format: int
-    dataset: str
-    transform: str
-    vae: str  # empty: the rows are pixels
-    vae_revision: str
-    count: int
-    shape: list[int]  # of a row
-    dtype: str
-    scale: float  # z = (latent - shift)·scale
-    shift: float
-    labelled: bool
-    num_classes: int
-    class_names: list[str]
-    chunks: list[list[Any]]  # [rows, SHA-256] of each stretch of rows, in order
-    labels_sha256: str
-    skipped: list[list[str]]  # [image, reason]
+    The operating system's page cache keeps what is read often, once for all ranks of a node.
+    """
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """[C, h, w] of what the network sees."""
-        C, h, w = self.shape[-3:]
-        return (C // 2, h, w) if self.vae else (C, h, w)
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.labels_start = manifest.count * manifest.row_bytes
+        self.size = self.labels_start + 8 * manifest.count * manifest.labelled
+        fd, found = -1, 0
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            if not path.is_symlink():
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                found = os.fstat(fd).st_size
+        if found != self.size:
+            if fd >= 0:
+                os.close(fd)
+            raise UserError(
+                f"{plain(path)}: {found:,} bytes, expected {self.size:,}; delete {plain(path.parent)} to encode anew"
+            )
+        self.fd = fd
+        weakref.finalize(self, os.close, fd)
 
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+    def read(self, start: int, into: Tensor) -> Tensor:
+        """Fill a contiguous tensor with the bytes that begin at `start`. Raises RankError where the file has become shorter."""
+        self.fill(start, bytes_of(into))
+        return into
 
+    def fill(self, start: int, left: memoryview) -> None:
+        while left:
+            count = os.preadv(self.fd, [left], start)
+            if not count:
+                raise RankError(f"{plain(self.path)} was cut short while it was being read")
+            left, start = left[count:], start + count
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the pack in this folder, every field checked: it may come from anywhere. Raises UserError."""
-    file = path / "manifest.json"
-    try:
-        data = json.loads(read_file(file, LIMIT))
-        need = {f.name: f.type for f in dataclasses.fields(Manifest)}
-        if not isinstance(data, dict) or data.keys() != need.keys():
-            raise ValueError(f"fields differ from {', '.join(need)}")
-        for name, kind in need.items():
-            kind = {"int": int, "str": str, "float": float, "bool": bool}.get(getattr(kind, "__name__", ""), list)
-            if type(data[name]) is not kind:
-                raise ValueError(f"{name} is {data[name]!r}")
-        manifest = Manifest(**data)
-        _check(manifest)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not the manifest of a pack ({str(error)[:200]}); delete {path} to encode anew") from None
-    return manifest
+    def pieces(self, start: int, stop: int) -> Iterator[Tensor]:
+        """The bytes from start to stop - 1, uint8, at most PIECE at a time; each piece may overwrite the one before."""
+        buffer = torch.empty(min(PIECE, max(stop - start, 0)), dtype=torch.uint8)
+        for at in range(start, stop, PIECE):
+            yield self.read(at, buffer[: min(PIECE, stop - at)])
 
 
-def _check(m: Manifest) -> None:
-    def need(ok: bool, field: str) -> None:
-        if not ok:
-            raise ValueError(f"{field} is {getattr(m, field)!r}"[:200])
-
-    digest = re.compile("[0-9a-f]{64}")
-    need(m.format == FORMAT, "format")
-    need(m.dtype == ("bfloat16" if m.vae else "uint8"), "dtype")
-    need(all(type(n) is int and 0 < n <= 1 << 16 for n in m.shape), "shape")
-    need(len(m.shape) == 4 and m.shape[0] == 2 and m.shape[1] % 2 == 0 if m.vae else len(m.shape) == 3, "shape")
-    need(math.isfinite(m.scale) and m.scale > 0, "scale")
-    need(math.isfinite(m.shift), "shift")
-    need((m.num_classes > 0) == m.labelled and len(m.class_names) in (0, m.num_classes), "num_classes")
-    need(all(type(name) is str for name in m.class_names), "class_names")
-    need(bool(digest.fullmatch(m.labels_sha256)) if m.labelled else not m.labels_sha256, "labels_sha256")
-    for chunk in m.chunks:
-        need(type(chunk) is list and [type(x) for x in chunk] == [int, str] and chunk[0] >= 0, "chunks")
-        need(bool(digest.fullmatch(chunk[1])), "chunks")
-    need(m.count > 0 and m.count == sum(chunk[0] for chunk in m.chunks), "count")
-    need(all(type(row) is list and [type(x) for x in row] == [str, str] for row in m.skipped), "skipped")
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def open_data(path: Path) -> tuple[Manifest, Tensor]:
-    """A pack's manifest and the bytes of its data file, memory-mapped. Raises UserError where they do not fit each other."""
+def open_data(path: Path) -> tuple[Manifest, DataFile]:
+    """A pack's manifest and its data file. Raises UserError where they do not fit each other."""
     manifest = read_manifest(path)
-    file = path / "data.bin"
-    expected = manifest.count * (manifest.row_bytes + 8 * manifest.labelled)
-    found = file.stat().st_size if file.is_file() and not file.is_symlink() else 0
-    if found != expected:
-        raise UserError(f"{file}: {found:,} bytes, expected {expected:,}; delete {path} to encode anew")
-    return manifest, torch.from_file(str(file), shared=False, size=expected, dtype=torch.uint8)
+    return manifest, DataFile(path / "data.bin", manifest)
 
 
 def verify(path: Path) -> Manifest:
     """Hash the whole pack, about 2 GB/s, against its manifest. Raises UserError naming the images that changed."""
-    manifest, data = open_data(path)
+    m, data = open_data(path)
+
+    def digest(start: int, stop: int) -> str:
+        found = hashlib.sha256()
+        for piece in data.pieces(start, stop):
+            found.update(piece.numpy().data)
+        return found.hexdigest()
+
     first = 0
-    for count, digest in manifest.chunks:
-        rows = data[first * manifest.row_bytes : (first + count) * manifest.row_bytes]
-        if hashlib.sha256(rows.numpy().data).hexdigest() != digest:
+    for count, expected in m.chunks:
+        if digest(first * m.row_bytes, (first + count) * m.row_bytes) != expected:
             raise UserError(
-                f"{path / 'data.bin'}: rows {first} to {first + count - 1} are damaged; delete {path} to encode anew"
+                f"{plain(data.path)}: rows {first} to {first + count - 1} are damaged; delete {plain(path)} to encode anew"
             )
         first += count
-    labels = data[manifest.count * manifest.row_bytes :]
-    if manifest.labelled and hashlib.sha256(labels.numpy().data).hexdigest() != manifest.labels_sha256:
-        raise UserError(f"{path / 'data.bin'}: the labels are damaged; delete {path} to encode anew")
-    return manifest
+    if m.labelled and digest(data.labels_start, data.size) != m.labels_sha256:
+        raise UserError(f"{plain(data.path)}: the labels are damaged; delete {plain(path)} to encode anew")
+    return m
 
 
 # --- batches ---
@@ -166,23 +139,23 @@ class Pack:
     def __init__(
         self, path: Path, device: torch.device, seed: int, hflip: bool = True, device_gib: float = 16.0, stride: int = 0
     ) -> None:
-        self.manifest, data = open_data(path)
-        if data.numel() <= VERIFY_BYTES:
+        self.manifest, self.data = open_data(path)
+        if self.data.size <= VERIFY_BYTES:
             verify(path)
         m = self.manifest
         self.device, self.seed, self.hflip, self.stride = device, seed, hflip, stride
         self.waited_s = 0.0  # that callers waited for data
         self.resident = m.count * m.row_bytes <= device_gib * (1 << 30)
-        rows = data[: m.count * m.row_bytes].view(DTYPES[m.dtype])
         # Of latents, row 2·i is image i and row 2·i + 1 its mirror image.
-        self.rows = rows.view(-1, *m.shape[1:]) if m.vae else rows.view(-1, *m.shape)
-        if self.resident:
-            self.rows = self.rows.to(device)
+        self.row_shape = m.shape[1:] if m.vae else m.shape
+        self.rows = self._load() if self.resident and device.type != "cpu" else None
         self.labels: Tensor | None = None
         if m.labelled:
-            labels = torch.from_numpy(data[m.count * m.row_bytes :].numpy().view(np.int64).copy())
+            labels = self.data.read(self.data.labels_start, torch.empty(m.count, dtype=torch.int64))
             if labels.min() < 0 or labels.max() >= m.num_classes:
-                raise UserError(f"{path / 'data.bin'}: labels outside 0 … {m.num_classes - 1}; delete {path} to encode anew")
+                raise UserError(
+                    f"{plain(path / 'data.bin')}: labels outside 0 … {m.num_classes - 1}; delete {plain(path)} to encode anew"
+                )
             self.labels = labels.to(device)
         self._orders: dict[int, Tensor] = {}
         self._ahead: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] = {}
@@ -192,9 +165,11 @@ class Pack:
     def batch(self, first: int, count: int) -> Batch:
         """Images first … first + count - 1 of the run, mirrored and drawn as their numbers say, with no host sync."""
         m, start = self.manifest, time.perf_counter()
-        if self.resident:
+        if self.rows is not None:
             pick = self._to_device(self._pick(first, count))
             rows = self.rows.index_select(0, pick if m.vae else pick // 2)
+        elif self.resident:
+            rows, pick = self._read(first, count)
         else:
             rows, pick = (self._to_device(part) for part in self._next(first, count))
         self.waited_s += time.perf_counter() - start
@@ -247,8 +222,21 @@ class Pack:
     def _read(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         pick = self._pick(first, count)
         pinned = self.device.type == "cuda"
-        rows = torch.empty((count, *self.rows.shape[1:]), dtype=self.rows.dtype, pin_memory=pinned)
-        return torch.index_select(self.rows, 0, pick if self.manifest.vae else pick // 2, out=rows), pick
+        rows = torch.empty((count, *self.row_shape), dtype=DTYPES[self.manifest.dtype], pin_memory=pinned)
+        memory, row_bytes = bytes_of(rows), rows[0].nbytes
+        for i, place in enumerate((pick if self.manifest.vae else pick // 2).tolist()):
+            self.data.fill(place * row_bytes, memory[i * row_bytes : (i + 1) * row_bytes])
+        return rows, pick
+
+    def _load(self) -> Tensor:
+        """All rows, on the device."""
+        m = self.manifest
+        rows = torch.empty(self.data.labels_start, dtype=torch.uint8, device=self.device)
+        at = 0
+        for piece in self.data.pieces(0, self.data.labels_start):
+            rows[at : at + len(piece)] = piece
+            at += len(piece)
+        return rows.view(DTYPES[m.dtype]).view(-1, *self.row_shape)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         # The caching host allocator keeps a pinned block until the copy out of it is done.

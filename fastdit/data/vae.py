@@ -1,12 +1,13 @@
 """The autoencoder between pixels and latents: diffusers' AutoencoderKL, by folder or hub id. Never trained here."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdit.config import DataConfig, UserError
+from fastdit.config import DataConfig, UserError, plain
 
 PIXELS = 1 << 20  # that pass through at once: 16 images of 256×256 take about 3 GB in fp32
 
@@ -17,8 +18,9 @@ class VAE:
     C, latent channels; `factor`, pixels per latent along a side; `scale` and `shift`: z = (latent - shift)·scale.
     """
 
-    def __init__(self, autoencoder: Any, device: torch.device, revision: str = "") -> None:
+    def __init__(self, autoencoder: Any, device: torch.device, name: str = "", revision: str = "") -> None:
         config = autoencoder.config
+        self.name = name  # the folder or hub id it was loaded from
         self.autoencoder = autoencoder.to(device).requires_grad_(False).eval()
         self.device = device
         self.revision = revision  # the hub's commit; empty for a folder
@@ -26,6 +28,14 @@ class VAE:
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.scale = float(config.scaling_factor)
         self.shift = float(config.get("shift_factor") or 0.0)
+
+    def sha256(self) -> str:
+        """A hash of the weights and of the scale: another autoencoder has another one, wherever it lies. About 1 s for SD's."""
+        digest = hashlib.sha256(repr((self.scale, self.shift)).encode())
+        for name, tensor in sorted(self.autoencoder.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -53,10 +63,10 @@ def load(data: DataConfig, device: torch.device) -> VAE:
             low_cpu_mem_usage=False,
         )
     except Exception as error:  # of the network, the hub, the cache or the files: all are about what was asked for
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = plain(" ".join(str(error).split())) or type(error).__name__
         where = "" if Path(data.vae).is_dir() else "no such folder, and not loaded from the hub: "
-        raise UserError(f"--data.vae {data.vae}: {where}{reason}") from None
-    return VAE(autoencoder, device, _commit(data))
+        raise UserError(f"--data.vae {plain(data.vae)}: {where}{reason}") from None
+    return VAE(autoencoder, device, data.vae, _commit(data) or data.vae_revision)
 
 
 def _commit(data: DataConfig) -> str:

@@ -1,0 +1,197 @@
+"""The work of encoding: images become chunks of rows in a staging folder, and the chunks become a pack.
+
+A chunk is two files: NUMBER.bin has its rows, and NUMBER.json, written after it, says that they are all there.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdit.config import UserError, plain
+from fastdit.data import manifest as manifests
+from fastdit.data import vae
+from fastdit.data.decode import TRANSFORMS, Pixels
+from fastdit.data.manifest import Manifest
+from fastdit.data.pack import normalise
+from fastdit.data.source import ImageSource
+
+CHUNK = 256  # images between two commits; what a kill can cost each rank
+BATCH = 64  # images the VAE is given at once
+
+
+def staging_of(path: Path) -> Path:
+    """The folder beside a pack in which it is being made."""
+    return path.with_name(path.name + ".partial")
+
+
+@contextlib.contextmanager
+def locked(staging: Path) -> Iterator[None]:
+    """Hold the staging folder; the lock goes with the process that holds it, however it ends."""
+    staging.mkdir(parents=True, exist_ok=True)
+    with (staging / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is encoding into {plain(staging)}; run again when it is done") from None
+        yield
+
+
+def num_chunks(source: ImageSource) -> int:
+    return -(-source.length // CHUNK)
+
+
+def encode(source: ImageSource, autoencoder: vae.VAE | None, staging: Path, number: int) -> dict[str, Any] | None:
+    """Encode images CHUNK·number … into a chunk, unless it is there already. Returns the content of its NUMBER.json.
+
+    None where there are no such images.
+    """
+    if number * CHUNK >= source.length:
+        return None
+    file, commit = staging / f"{number:07d}.bin", staging / f"{number:07d}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        part = json.loads(commit.read_text())
+        if file.stat().st_size == part["bytes"]:
+            return part
+    labels: list[int | None] = []
+    skipped: list[tuple[str, str]] = []
+    batch: list[Pixels] = []
+    rows: list[Tensor] = []
+    for example in source.read(number * CHUNK, min((number + 1) * CHUNK, source.length)):
+        if example.image is None:
+            skipped.append((example.name, example.reason))
+        else:
+            batch.append(example.image)
+            labels.append(example.label)
+        if len(batch) == BATCH:
+            rows.append(_rows(batch, autoencoder))
+            batch = []
+    rows += [_rows(batch, autoencoder)] if batch else []
+    content = b"".join(row.view(torch.uint8).numpy().tobytes() for row in rows)
+    part = {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "shape": list(rows[0].shape[1:]) if rows else [],
+        "labels": labels,
+        "skipped": skipped,
+        "grey": autoencoder is None and all(bool((row == row[:, :1]).all()) for row in rows),
+    }
+    # Not flushed to the disk: `join` compares the hash, and has a chunk that a power cut damaged encoded again.
+    write(file, [content])
+    write(commit, [json.dumps(part).encode()])
+    return part
+
+
+def _rows(batch: list[Pixels], autoencoder: vae.VAE | None) -> Tensor:
+    """uint8 pixels [B, 3, H, W], or the bf16 moments of both flips [B, 2, 2·C, h, w]."""
+    pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous()  # [B, 3, H, W]
+    if autoencoder is None:
+        return pixels
+    x = normalise(pixels.to(autoencoder.device))
+    both = torch.stack([autoencoder.moments(x), autoencoder.moments(x.flip(-1))], dim=1)  # [B, 2, 2·C, h, w]
+    if not both.isfinite().all():
+        raise UserError("the VAE gives latents that are not finite; is it the right one?")
+    return both.bfloat16().cpu().contiguous()
+
+
+def join(
+    source: ImageSource,
+    autoencoder: vae.VAE | None,
+    staging: Path,
+    path: Path,
+    parts: list[dict[str, Any]],
+    max_bad: float,
+) -> Manifest:
+    """Put the chunks together, aside, and give the whole its name. Grey pictures keep one channel of their equal three."""
+    skipped = [[name, reason] for part in parts for name, reason in part["skipped"]]
+    labels = [label for part in parts for label in part["labels"]]
+    if not labels or len(skipped) > max_bad * (len(labels) + len(skipped)):
+        reject(path, skipped, len(labels) + len(skipped), max_bad)
+    label_bytes = np.array(labels, np.int64).tobytes() if source.labelled else b""
+    shape = next(part["shape"] for part in parts if part["labels"])
+    grey = all(part["grey"] for part in parts)
+    written: list[list[Any]] = []  # [rows, SHA-256] of each chunk
+
+    def content() -> Iterator[bytes]:
+        for number, part in enumerate(parts):
+            file = staging / f"{number:07d}.bin"
+            rows = file.read_bytes()
+            if hashlib.sha256(rows).hexdigest() != part["sha256"]:
+                file.with_suffix(".json").unlink()
+                raise UserError(f"{plain(file)} was damaged since it was written; run again to encode its images anew")
+            if grey:
+                rows = np.frombuffer(rows, np.uint8).reshape(-1, *shape)[:, :1].tobytes()
+            written.append([len(part["labels"]), hashlib.sha256(rows).hexdigest()])
+            yield rows
+        yield label_bytes
+
+    whole = staging / "pack"
+    whole.mkdir(exist_ok=True)
+    write(whole / "data.bin", content(), flush=True)
+    manifest = Manifest(
+        format=manifests.FORMAT,
+        dataset=source.name,
+        transform=TRANSFORMS[source.crop],
+        vae=autoencoder.name if autoencoder else "",
+        vae_revision=autoencoder.revision if autoencoder else "",
+        count=len(labels),
+        shape=[1, *shape[1:]] if grey else shape,
+        dtype="bfloat16" if autoencoder else "uint8",
+        scale=autoencoder.scale if autoencoder else 1.0,
+        shift=autoencoder.shift if autoencoder else 0.0,
+        labelled=source.labelled,
+        num_classes=(len(source.class_names) or max(labels) + 1) if source.labelled else 0,
+        class_names=list(source.class_names),
+        chunks=written,
+        labels_sha256=hashlib.sha256(label_bytes).hexdigest() if source.labelled else "",
+        skipped=skipped,
+        revision=source.revision,
+        vae_sha256=autoencoder.sha256() if autoencoder else "",
+    )
+    write(whole / "manifest.json", [manifests.write(manifest)], flush=True)
+    whole.rename(path)
+    _flush(path)
+    _flush(path.parent)
+    shutil.rmtree(staging, ignore_errors=True)
+    return manifest
+
+
+def reject(path: Path, skipped: list[Any], total: int, max_bad: float) -> None:
+    """Write the report of what cannot be used, beside where the pack would be, and raise UserError."""
+    report = path.with_name(path.name + ".rejected.txt")
+    lines = [f"{name!r}: {reason}" for name, reason in skipped]
+    write(report, ["\n".join([*lines, ""]).encode()])
+    found = f"{len(skipped):,} of {total:,} images cannot be used; --data.max_bad allows {max_bad:.1%}"
+    raise UserError(f"{found} ({plain('; '.join(lines[:3]))}; all in {plain(report)})")
+
+
+def write(path: Path, blocks: Iterable[bytes], flush: bool = False) -> None:
+    """Write a file that appears under its name only when it is whole. Raises OSError, which names the file."""
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        with partial.open("wb") as file:
+            for block in blocks:
+                file.write(block)
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:  # a full disk does not say where
+        raise OSError(error.errno, os.strerror(error.errno or 0), error.filename or str(path)) from None
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

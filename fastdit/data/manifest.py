@@ -1,0 +1,143 @@
+"""manifest.json of a pack: what the rows are, where they came from, and their checksums. It may come from anywhere."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdit.config import UserError, plain
+from fastdit.runtime.files import read_file
+
+FORMAT = 1
+LIMIT = 1 << 28  # bytes of manifest.json; ImageNet's has 5 MB
+DTYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a pack holds."""
+
+    format: int
+    dataset: str
+    transform: str
+    vae: str  # empty: the rows are pixels
+    vae_revision: str
+    count: int
+    shape: list[int]  # of a row
+    dtype: str
+    scale: float  # z = (latent - shift)·scale
+    shift: float
+    labelled: bool
+    num_classes: int
+    class_names: list[str]
+    chunks: list[list[Any]]  # [rows, SHA-256] of each stretch of rows, in order
+    labels_sha256: str
+    skipped: list[list[str]]  # [image, reason]
+    # Absent where empty: of datasets that have none, and of packs made before there were such fields.
+    revision: str = ""  # commit of the hub dataset
+    vae_sha256: str = ""  # of the VAE's weights
+    latent_mean: list[float] = field(default_factory=list)  # of the scaled latents, per channel
+    latent_std: list[float] = field(default_factory=list)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C, h, w] of what the network sees."""
+        C, h, w = self.shape[-3:]
+        return (C // 2, h, w) if self.vae else (C, h, w)
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+REQUIRED = [f.name for f in dataclasses.fields(Manifest) if f.default is f.default_factory is dataclasses.MISSING]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the pack in this folder, every field checked: it may come from anywhere. Raises UserError."""
+    file = path / "manifest.json"
+    try:
+        data = json.loads(read_file(file, LIMIT))
+        types = {f.name: f.type for f in dataclasses.fields(Manifest)}
+        if not isinstance(data, dict) or not set(REQUIRED) <= data.keys() <= types.keys():
+            raise ValueError(f"fields differ from {', '.join(types)}")
+        for name, value in data.items():
+            expected = {"int": int, "str": str, "float": float, "bool": bool}.get(getattr(types[name], "__name__", ""), list)
+            if type(value) is not expected:
+                raise ValueError(f"{name} is {value!r}")
+        manifest = Manifest(**data)
+        _check(manifest)
+    except (OSError, ValueError, RecursionError) as error:
+        why = f"not the manifest of a pack ({plain(error, 200)})"
+        raise UserError(f"{plain(file)}: {why}; delete {plain(path)} to encode anew") from None
+    return manifest
+
+
+def _check(m: Manifest) -> None:
+    def need(ok: bool, field: str) -> None:
+        if not ok:
+            raise ValueError(f"{field} is {getattr(m, field)!r}"[:200])
+
+    digest, channels = re.compile("[0-9a-f]{64}"), m.image_shape[0] if len(m.shape) > 2 else 0
+    need(m.format == FORMAT, "format")
+    need(m.dtype == ("bfloat16" if m.vae else "uint8"), "dtype")
+    need(all(type(n) is int and 0 < n <= 1 << 16 for n in m.shape), "shape")
+    need(len(m.shape) == 4 and m.shape[0] == 2 and m.shape[1] % 2 == 0 if m.vae else len(m.shape) == 3, "shape")
+    need(math.isfinite(m.scale) and m.scale > 0, "scale")
+    need(math.isfinite(m.shift), "shift")
+    need((m.num_classes > 0) == m.labelled and len(m.class_names) in (0, m.num_classes), "num_classes")
+    need(all(type(name) is str for name in m.class_names), "class_names")
+    need(bool(digest.fullmatch(m.labels_sha256)) if m.labelled else not m.labels_sha256, "labels_sha256")
+    for chunk in m.chunks:
+        need(type(chunk) is list and [type(x) for x in chunk] == [int, str] and chunk[0] >= 0, "chunks")
+        need(bool(digest.fullmatch(chunk[1])), "chunks")
+    need(m.count > 0 and m.count == sum(chunk[0] for chunk in m.chunks), "count")
+    need(all(type(row) is list and [type(x) for x in row] == [str, str] for row in m.skipped), "skipped")
+    need(not m.vae_sha256 or bool(digest.fullmatch(m.vae_sha256)), "vae_sha256")
+    for name in ("latent_mean", "latent_std"):
+        values = getattr(m, name)
+        need(len(values) in (0, channels) and all(type(x) is float and math.isfinite(x) for x in values), name)
+    need(len(m.latent_mean) == len(m.latent_std) and all(x > 0 for x in m.latent_std), "latent_std")
+
+
+def write(manifest: Manifest) -> bytes:
+    """The content of manifest.json. Fields that are empty and not required are left out."""
+    fields = dataclasses.asdict(manifest)
+    return json.dumps({k: v for k, v in fields.items() if v or k in REQUIRED}, indent=1).encode()
+
+
+def identity(m: Manifest) -> dict[str, str]:
+    """What a pack is, in parts that a person can read: packs that agree in all of them train alike, bit for bit.
+
+    Where the pictures and the VAE lie is no part of it, so that both may be moved.
+    """
+    names = f" ({plain(', '.join(m.class_names), 1000)})" if m.class_names else ""
+    content = [m.chunks, m.labels_sha256, m.num_classes, m.class_names, m.scale, m.shift, m.latent_mean, m.latent_std]
+    return {
+        "images": f"{m.count:,}",
+        "classes": f"{m.num_classes:,}{names}",
+        "size": "×".join(map(str, m.image_shape)),
+        "transform": m.transform,
+        "VAE": (m.vae_sha256[:16] or f"{m.vae} {m.vae_revision}".strip()) if m.vae else "none",
+        "hub revision": m.revision or "none",
+        "content": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+    }
+
+
+def changes(before: Mapping[str, object], now: Mapping[str, str]) -> list[str]:
+    """How a pack differs from the one of before, by their identities, e.g. ["images: 40 before, 41 now"]; empty if alike."""
+    named = [
+        f"{part}: {plain(before.get(part, 'unknown'))} before, {plain(value)} now"
+        for part, value in now.items()
+        if part != "content" and before.get(part) != value
+    ]
+    if not named and before.get("content") != now["content"]:
+        named.append("the pictures, their labels or their order")
+    return named
