@@ -54,6 +54,7 @@ def adamw_ema_kernel(
         p_v, p_e, size = tl.multiple_of(p_v, 16), tl.multiple_of(p_e, 16), tl.multiple_of(size, 4)
     o = i_b * BLOCK + tl.arange(0, BLOCK)
     m = o < size
+    lr, weight = tl.load(p_lr), tl.load(p_weight)
 
     b_g = tl.div_rn(tl.load(p_g + o, mask=m, other=0.0), tl.load(p_grad_scale))
     b_m = tl.load(p_m + o, mask=m, other=0.0)
@@ -63,9 +64,9 @@ def adamw_ema_kernel(
     mhat = tl.div_rn(b_m, correction(step, log_beta1))
     vhat = tl.div_rn(b_v, correction(step, log_beta2))
     b_p = tl.load(p_p + o, mask=m, other=0.0)
-    b_p -= tl.load(p_lr) * (tl.load(p_decays + i_t) * b_p + tl.div_rn(mhat, tl.sqrt_rn(vhat) + eps))
+    b_p -= lr * (tl.load(p_decays + i_t) * b_p + tl.div_rn(mhat, tl.sqrt_rn(vhat) + eps))
     b_e = tl.load(p_e + o, mask=m, other=0.0)
-    b_e += tl.load(p_weight) * (b_p - b_e)
+    b_e += weight * (b_p - b_e)
     tl.store(p_m + o, b_m, mask=m)
     tl.store(p_v + o, b_v, mask=m)
     tl.store(p_p + o, b_p, mask=m)
