@@ -1,8 +1,8 @@
-"""Compiles launches to PTX with the specialisation Triton's own launcher would choose for their arguments, without a GPU.
+"""Compiles launches to PTX as a GPU's own launch would: with the options of `launch.run`, and specialised for the arguments'
+types, addresses and divisibility by Triton itself.
 
-`Compiler` starts this file as a second process, because in the tests' own one the kernels are interpreted functions. There
-Triton is told of a GPU of each architecture, and `warmup` does all that a launch does, from the arguments' types, addresses and
-divisibility to the cubin, but the launch.
+`Compiler` starts this file as a second process, for in the tests' own the kernels are interpreted functions. There `launch.run`
+is called with a stand-in for the kernel, which compiles and does not launch (Triton's `warmup`), and Triton is told of a GPU.
 """
 
 import importlib
@@ -12,24 +12,15 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-
-class Pointer:
-    """A tensor as the launcher sees it."""
-
-    def __init__(self, dtype: Any, address: int):
-        self.dtype, self.address = dtype, address
-
-    def data_ptr(self) -> int:
-        return self.address
+import torch
 
 
 class Request(NamedTuple):
     module: str
     kernel: str
     arch: int
-    num_warps: int
-    max_registers: int | None
-    args: dict[str, Any]
+    settings: tuple[Any, ...]  # of the launch, behind its grid
+    args: dict[str, Any]  # of a tensor: (its dtype, its address modulo 16)
 
 
 class Code(NamedTuple):
@@ -43,11 +34,11 @@ class Compiler:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         command = [sys.executable, "-P", __file__]  # -P: no file beside this one stands in for an installed module
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        self.done: dict[Any, Code] = {}
+        self.known: dict[str, Code] = {}
 
     def __call__(self, request: Request) -> Code:
         key = repr(request)
-        if key not in self.done:
+        if key not in self.known:
             assert self.process.stdin is not None
             assert self.process.stdout is not None
             pickle.dump(tuple(request), self.process.stdin)
@@ -55,24 +46,15 @@ class Compiler:
             answer = pickle.load(self.process.stdout)
             if isinstance(answer, str):
                 raise RuntimeError(answer)
-            self.done[key] = Code(*answer)
-        return self.done[key]
+            self.known[key] = Code(*answer)
+        return self.known[key]
 
     def close(self) -> None:
         self.process.communicate()
 
 
-def compile_launch(request: Request) -> Code:
-    kernel = getattr(importlib.import_module(request.module), request.kernel)
-    args = {name: Pointer(*value) if isinstance(value, tuple) else value for name, value in request.args.items()}
-    DRIVER.arch = request.arch
-    compiled = kernel.warmup(grid=(1,), **args, num_warps=request.num_warps, maxnreg=request.max_registers)
-    signature = compiled.src.signature
-    return Code(compiled.asm["ptx"], compiled.metadata.shared, tuple(k for k, v in signature.items() if v != "constexpr"))
-
-
-class Driver:
-    """A GPU of architecture `arch` that is only ever asked what it is."""
+class Device:
+    """A GPU, as Triton asks for it before a launch."""
 
     arch = 80
 
@@ -88,23 +70,50 @@ class Driver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-DRIVER = Driver()
+class Unlaunched:
+    """What `launch.run` is given for a kernel: `self[grid](**args)` compiles it as that would, and keeps the result."""
+
+    def __init__(self, kernel: Any):
+        self.kernel, self.compiled = kernel, None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(**args: Any) -> None:
+            self.compiled = self.kernel.warmup(grid=grid, **args)
+
+        return launch
+
+
+def tensor(dtype: torch.dtype, address: int) -> torch.Tensor:
+    """One of this type, that many bytes after a multiple of 16."""
+    whole = torch.empty(64, dtype=dtype)
+    return whole[(address - whole.data_ptr()) % 16 // whole.itemsize :]
+
+
+def compile_launch(request: Request, device: Device) -> Code:
+    device.arch = request.arch
+    kernel = Unlaunched(getattr(importlib.import_module(request.module), request.kernel))
+    args = {name: tensor(*value) if isinstance(value, tuple) else value for name, value in request.args.items()}
+    importlib.import_module("fastdit_kernels.launch").run(kernel, (1,), *request.settings, **args)
+    signature = kernel.compiled.src.signature
+    parameters = tuple(name for name, kind in signature.items() if kind != "constexpr")
+    return Code(kernel.compiled.asm["ptx"], kernel.compiled.metadata.shared, parameters)
 
 
 def main() -> None:
     from triton.runtime import driver
 
-    driver.set_active(DRIVER)
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # what compilers print is no answer
+    device = Device()
+    driver.set_active(device)
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # what a compiler prints is no answer
     while True:
         try:
             request = Request(*pickle.load(sys.stdin.buffer))
         except EOFError:
             return
         try:
-            answer: Any = tuple(compile_launch(request))
+            answer: Any = tuple(compile_launch(request, device))
         except Exception as error:
-            answer = f"{type(error).__name__}: {error}"
+            answer = f"{request.kernel}: {type(error).__name__}: {error}"
         pickle.dump(answer, answers)
         answers.flush()
 

@@ -42,14 +42,14 @@ class Compiled:
         self.compiler, self.table, self.arch, self.sign, self.edit, self.skip = compiler, table, arch, sign, edit, skip
         self.changes, self.reachable, self.launches = {}, {}, []
 
-    def __call__(self, kernel, grid, num_warps, max_registers=None, **args):
+    def __call__(self, kernel, grid, *settings, **args):
         name = kernel.__name__
         self.launches.append(name)
         if name in self.skip:
             return
         args |= self.changes
         described = {k: (v.dtype, v.data_ptr() % 16) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
-        request = ptx_compiler.Request(kernel.fn.__module__, name, self.arch, num_warps, max_registers, described)
+        request = ptx_compiler.Request(kernel.fn.__module__, name, self.arch, settings, described)
         code = self.compiler(request)
         text = self.edit(code.ptx) if self.edit else code.ptx
         arguments = {parameter: args[parameter] for parameter in code.parameters}

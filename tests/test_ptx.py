@@ -41,7 +41,11 @@ WHOLE = [
     *(("gelu_dwconv", (*grid, K), False) for K in (3, 4, 5) for grid in GRIDS),
     *(("gelu_dwconv", (2, 4, 6, 64, K), True) for K in (3, 4, 5)),
 ]
-DTYPES = [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, FP32)]  # of streams, and of modulations or parameters
+SOME = [case for case in WHOLE if case[1][-1] in (768, 97) or case[1][:4] == GRIDS[1]]
+CASES = [  # and the types of streams, and of modulations or parameters
+    *((*case, dtype, dtype) for case in WHOLE for dtype in (BF16, FP32)),
+    *((*case, *dtypes) for case in SOME for dtypes in [(BF16, FP32), (FP16, FP16)]),
+]
 
 
 def beside(tensor, numbers):
@@ -64,6 +68,7 @@ def meets_its_bar(errors, compiled, table, op, shape, unaligned, arch, stream, p
         inputs = {k: beside(v, 1) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
     kernel = f"{op} K={shape[-1]}" if op == "gelu_dwconv" else op
+    over = []
     for sign in (1, -1):
         launched = compiled(arch, sign)
         found = errors(getattr(TRITON, op), getattr(reference, op), inputs)
@@ -72,7 +77,8 @@ def meets_its_bar(errors, compiled, table, op, shape, unaligned, arch, stream, p
             limit = bar(op, name, stream, parameter, e)
             direction = "forward" if name.startswith("out") else "backward"
             table.add(f"{kernel} {direction}, sm_{arch}, {SHORT[stream]} and {SHORT[parameter]}", e.kernel, limit)
-            assert e.kernel <= limit, (name, sign, e)
+            over += [(name, sign, e)] if e.kernel > limit else []
+    assert not over
     for name, value in before.items():
         assert torch.equal(inputs[name], value), f"{name} was written"
 
@@ -85,8 +91,7 @@ def test_compiled_code_meets_the_bar(errors, compiled, ptx_table, op, shape, una
 
 @pytest.mark.ptx
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(("stream", "parameter"), DTYPES)
-@pytest.mark.parametrize(("op", "shape", "unaligned"), WHOLE)
+@pytest.mark.parametrize(("op", "shape", "unaligned", "stream", "parameter"), CASES)
 def test_compiled_code_meets_the_bar_everywhere(errors, compiled, ptx_table, op, shape, unaligned, stream, parameter, arch):
     meets_its_bar(errors, compiled, ptx_table, op, shape, unaligned, arch, stream, parameter)
 
