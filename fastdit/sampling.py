@@ -1,7 +1,7 @@
 """From a trained network to pictures: sample, decode, lay out in a grid. Picture n of a seed is the same on any rank count."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torchvision.utils import make_grid
 
 from fastdit.config import Config, DiffusionConfig
 from fastdit.data.vae import VAE
-from fastdit.diffusion import Network, schedule
+from fastdit.diffusion import schedule
 from fastdit.model import DiT
 from fastdit.runtime import rng
 from fastdit.runtime.ranks import World
@@ -39,31 +39,44 @@ def compiled(model: DiT, device: torch.device) -> DiT:
     return model
 
 
-def labels(config: Config, first: int, count: int, label: int = -1) -> Tensor | None:
+def labels(config: Config, first: int, count: int, label: int | None = None) -> Tensor | None:
     """The classes of pictures first … first + count - 1: each in turn, or all `label`; None without classes. int64 [count]"""
     if not config.model.num_classes:
         return None
     numbers = torch.arange(first, first + count)
-    return numbers % config.model.num_classes if label < 0 else torch.full_like(numbers, label)
+    return numbers % config.model.num_classes if label is None else torch.full_like(numbers, label)
 
 
-def modulations(model: DiT, times: list[float], y: Tensor | None, count: int, device: torch.device) -> Iterator[Tensor]:
-    """The modulation of each sampling time in turn, [count, 6·L + 2, D] for labels y [count] (on the CPU; None: unconditional).
+class Modulations:
+    """The modulation of a schedule of sampling times, looked up by time; for labels y [B] on the CPU, None: no classes.
 
-    It depends on the time and the class alone, so many steps and each class that occurs take one product, which reads the
-    projection once; in the smallest batches that is a third of the weights every step would read again.
+    Modulation depends on the time and the class alone. So one product computes it for many steps and for each class that
+    occurs, and reads the projection's weights once; at batch 1 they are a third of the weights that each step would read again.
     """
-    classes, which = (None, torch.zeros(count, dtype=torch.int64)) if y is None else y.unique(return_inverse=True)
-    num_classes = 1 if classes is None else len(classes)
-    which = which.to(device)
-    step_bytes = num_classes * model.adaLN_modulation.out_features * 4
-    together = max(1, MODULATION_BYTES // step_bytes)
-    for i in range(0, len(times), together):
-        group = torch.tensor(times[i : i + together], device=device)
-        labels = None if classes is None else classes.to(device).repeat(len(group))
-        modulation = model.condition(group.repeat_interleave(num_classes), labels)
-        for of_step in modulation.view(len(group), num_classes, -1, model.config.width):
-            yield of_step.index_select(0, which)
+
+    def __init__(self, model: DiT, times: list[float], y: Tensor | None, batch: int, device: torch.device):
+        self.model, self.times, self.device = model, times, device
+        self.classes: Tensor | None = None
+        row = torch.zeros(batch, dtype=torch.int64)
+        if y is not None:
+            self.classes, row = y.unique(return_inverse=True)
+        self.num_classes = 1 if self.classes is None else len(self.classes)
+        self.row = row.to(device)
+        self.together = max(1, MODULATION_BYTES // (self.num_classes * model.adaLN_modulation.out_features * 4))
+        self.known: dict[float, Tensor] = {}  # time → [num_classes, 6·L + 2, D]
+
+    def at(self, time: float) -> Tensor:
+        """[B, 6·L + 2, D]. A time outside the schedule is computed on its own."""
+        if time not in self.known:
+            i = self.times.index(time) if time in self.times else None
+            self._compute([time] if i is None else self.times[i : i + self.together])
+        return self.known[time].index_select(0, self.row)
+
+    def _compute(self, times: list[float]) -> None:
+        t = torch.tensor(times, device=self.device).repeat_interleave(self.num_classes)
+        y = None if self.classes is None else self.classes.to(self.device).repeat(len(times))
+        modulation = self.model.condition(t, y).view(len(times), self.num_classes, -1, self.model.config.width)
+        self.known = dict(zip(times, modulation, strict=True))
 
 
 def make(
@@ -75,7 +88,7 @@ def make(
     first: int,
     count: int,
     seed: int,
-    label: int = -1,
+    label: int | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Pictures first … first + count - 1, uint8 [count, 3, rows, columns] on the CPU, in config.sample.steps forwards."""
@@ -86,14 +99,8 @@ def make(
         guided = config.sample.guidance != 1 and y is not None
         evaluated = torch.cat([y, torch.full_like(y, m.num_classes)]) if guided and y is not None else y
         times = sampling_times(config.diffusion, config.sample.steps)
-        vectors = modulations(model, times, evaluated, count * (1 + guided), world.device)
-
-        def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-            out: Tensor = model(x, t, y, modulation=next(vectors)[: len(x)])  # the labelled half where a step is not guided
-            return out.clone()  # a graph's output lasts until its next run, a solver's history longer
-
         x0 = sample(
-            network,
+            model,
             config.diffusion,
             (count, m.channels, *m.input_size),
             None if y is None else y.to(world.device),
@@ -107,6 +114,7 @@ def make(
             device=world.device,
             null_class=m.num_classes if m.class_dropout else None,
             learn_sigma=m.learn_sigma,
+            modulation=Modulations(model, times, evaluated, count * (1 + guided), world.device).at,
             on_step=None if on_step is None else lambda step, _: on_step(step),
         )
         if vae is not None:
@@ -138,7 +146,7 @@ def sampling_times(config: DiffusionConfig, steps: int) -> list[float]:
 
 @torch.no_grad()
 def sample(
-    model: Network,
+    model: Callable[..., Tensor],
     config: DiffusionConfig,
     shape: tuple[int, int, int, int],
     y: Tensor | None = None,
@@ -153,14 +161,16 @@ def sample(
     device: torch.device | str = "cpu",
     null_class: int | None = None,
     learn_sigma: bool = False,
+    modulation: Callable[[float], Tensor] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Images first … first + B - 1 of a seed: x0 [B, C, H, W] fp32, in `steps` forwards.
 
     sampler: ddpm (ancestral), ddim or dpm++ (2M, arXiv 2211.01095), euler under flow; auto is dpm++ or euler. guidance other
     than 1 runs the forwards at t from guidance_low to guidance_high of the process (arXiv 2404.07724) on twice the batch, the
-    second half with null_class; the others run on the batch alone. on_step gets the number of forwards done and the x0 they
-    predict. Image n is the same whatever batch or rank draws it. Raises ValueError for what does not go together.
+    second half with null_class; the others run on the batch alone. modulation: what the model's `condition` returns at a time.
+    on_step gets the number of forwards done and the x0 they predict. Image n is the same whatever batch or rank makes it.
+    Raises ValueError for what does not go together.
     """
     device = torch.device(device)
     if sampler == "auto":
@@ -174,13 +184,21 @@ def sample(
     B, C = shape[:2]
     times = sampling_times(config, steps)
     to_x0 = _x0_from_prediction(config, times)
+
+    def network(x: Tensor, time: float, y: Tensor | None) -> Tensor:
+        t = torch.full((len(x),), time, device=x.device)
+        if modulation is None:
+            return model(x, t, y).float()
+        out = model(x, t, y, modulation=modulation(time)[: len(x)])  # the labelled half where a step is not guided
+        return out.float().clone()  # a graph's output lasts until its next run, a solver's history longer
+
     advance = _solver(
         config, sampler, times, learn_sigma, [rng.generator(device, seed, "ancestral noise", first + n) for n in range(B)]
     )
     x = rng.normal(tuple(shape[1:]), seed, "sample noise", first, B, device)
     for i, time in enumerate(times):
         guided = guidance_low <= time / config.timesteps <= guidance_high
-        out = _evaluate(model, x, time, y, guidance if guided else 1, null_class)
+        out = _guided(network, x, time, y, guidance if guided else 1, null_class)
         if out.shape[1] != (2 * C if learn_sigma else C):
             raise ValueError(f"the network returned {out.shape[1]} channels; expected {2 * C if learn_sigma else C}")
         prediction, variance = out[:, :C], out[:, C:]
@@ -194,15 +212,20 @@ def sample(
     return x0  # every solver's last step goes to t = 0 without noise, which is x0 itself
 
 
-def _evaluate(model: Network, x: Tensor, time: float, y: Tensor | None, guidance: float, null_class: int | None) -> Tensor:
-    B, C = x.shape[:2]
+def _guided(
+    network: Callable[[Tensor, float, Tensor | None], Tensor],
+    x: Tensor,
+    time: float,
+    y: Tensor | None,
+    guidance: float,
+    null_class: int | None,
+) -> Tensor:
     if guidance == 1:
-        return model(x, torch.full((B,), time, device=x.device), y).float()
+        return network(x, time, y)
     assert y is not None
     assert null_class is not None
-    both = torch.cat([y, torch.full_like(y, null_class)])
-    out = model(torch.cat([x, x]), torch.full((2 * B,), time, device=x.device), both).float()
-    labelled, unlabelled = out.chunk(2)
+    C = x.shape[1]
+    labelled, unlabelled = network(torch.cat([x, x]), time, torch.cat([y, torch.full_like(y, null_class)])).chunk(2)
     guided = unlabelled[:, :C] + guidance * (labelled[:, :C] - unlabelled[:, :C])
     return torch.cat([guided, labelled[:, C:]], dim=1)  # guidance is about the mean; the variance stays the labelled one's
 

@@ -1,6 +1,7 @@
 """Pictures: the modulation computed ahead is the one each step would compute, and grids are what was drawn."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -60,6 +61,42 @@ def test_pictures_are_those_of_a_model_conditioned_anew_each_step(case, group_by
     assert found.dtype == torch.uint8
     assert (found.double() - expected.double()).abs().max() <= 0.501  # a product of other height may sum in another order
     assert expected.std() > 1
+
+
+def test_modulation_is_that_of_the_time_whatever_the_order_of_calls(case, monkeypatch):
+    """A solver may evaluate twice in a step, or between two times."""
+    config, model = case
+    monkeypatch.setattr(sampling, "MODULATION_BYTES", 2 * 4 * 4 * model.adaLN_modulation.out_features)  # two times at once
+    y = torch.tensor([3, 0, 3, 1]) if config.model.num_classes else None
+    times = sampling.sampling_times(config.diffusion, 5)
+    ahead = sampling.Modulations(model, times, y, 4, ALONE.device)
+    with torch.no_grad():
+        for time in (times[0], times[1], times[1], times[2], 123.5, times[4], times[0], times[3]):
+            torch.testing.assert_close(ahead.at(time), model.condition(torch.full((4,), time), y).expand_as(ahead.at(time)))
+
+
+def test_a_solver_that_evaluates_twice_makes_the_same_pictures_with_modulation_computed_ahead(case, monkeypatch):
+    """Heun's method on the x0 that the network predicts, its second evaluation at the next step's time."""
+    config, model = case
+    config = C.replace(config, diffusion={"kind": "flow", "prediction": "x0"})
+
+    def heun(network):
+        x = sampling.rng.normal((3, 32, 32), 0, "sample noise", 0, 4, ALONE.device)
+        times = [*sampling.sampling_times(config.diffusion, 5), 0.0]
+        for t, after in itertools.pairwise(times):
+            slope = (x - network(x, t)) / t
+            moved = x + (after - t) * slope
+            if after:
+                slope = (slope + (moved - network(moved, after)) / after) / 2
+            x = x + (after - t) * slope
+        return x
+
+    y = torch.tensor([3, 0, 3, 1]) if config.model.num_classes else None
+    ahead = sampling.Modulations(model, sampling.sampling_times(config.diffusion, 5), y, 4, ALONE.device)
+    with torch.no_grad():
+        anew = heun(lambda x, t: model(x, torch.full((4,), t), y))
+        got = heun(lambda x, t: model(x, torch.full((4,), t), y, modulation=ahead.at(t)))
+    torch.testing.assert_close(got, anew, rtol=1e-4, atol=1e-4)
 
 
 def test_the_projection_is_applied_once_for_a_whole_schedule(case):
