@@ -57,16 +57,15 @@ def parse_args(cls: type[T], argv: Sequence[str], prog: str, description: str, d
 
 
 def chosen(config: Config, options: Any, **groups: dict[str, Any]) -> Config:
-    """A run's config with what a verb's options change of its sampling; those left at their defaults change nothing.
+    """A run's config with what a verb's options change of its sampling; those left at None change nothing.
 
     Raises UserError for what does not go together.
     """
-    plain = {name: getattr(options, name) for name in ("sampler", "steps", "guidance")}
-    interval = {name: getattr(options, name) for name in ("guidance_low", "guidance_high")}
+    changes = {name: getattr(options, name) for name in ("sampler", "steps", "guidance")}
+    changes["guidance_low"], changes["guidance_high"] = options.guidance_interval or (None, None)
     config = replace(
         config,
-        sample={name: value for name, value in plain.items() if value}
-        | {name: value for name, value in interval.items() if value != -1},
+        sample={name: value for name, value in changes.items() if value is not None},
         data={"vae": options.vae} if options.vae else {},
         parallel={"precision": options.precision},
         **groups,

@@ -263,6 +263,10 @@ def validate(config: Config) -> None:
             f"--diffusion.model_guidance {diffusion.model_guidance:g} needs a --model.class_dropout above 0",
         ),
         (
+            diffusion.timesteps <= MOST_TIMESTEPS,
+            f"--diffusion.timesteps is {diffusion.timesteps}; it must be at most {MOST_TIMESTEPS}",
+        ),
+        (
             all(map(math.isfinite, diffusion.flow_t_logit)) and diffusion.flow_t_logit[1] > 0,
             f"--diffusion.flow_t_logit is {diffusion.flow_t_logit}; the mean must be finite, the deviation positive",
         ),
@@ -291,6 +295,7 @@ BELOW_ONE = {"train": ("ema", "beta2"), "model": ("class_dropout",), "diffusion"
 
 
 MOST = 2**31 - 1  # of a whole number; more overflows somewhere below
+MOST_TIMESTEPS = 10**6  # diffusers makes the schedules in a loop
 MOST_IMAGES = 10**12 - 1  # a checkpoint's name has twelve digits
 
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from fastdit import sampling
+from fastdit import pictures, sampling
 from fastdit.command import exit_cleanly, parse
 from fastdit.config import Config, UserError, plain
 from fastdit.data import encoding, images, vae
@@ -76,7 +76,7 @@ def round_trip(config: Config, world: World, picture: Path, most: int = 8) -> No
     autoencoder = vae.load(config.data, world.device)
     mean, _ = autoencoder.moments(packs.normalise(seen.to(world.device))).bfloat16().float().chunk(2, dim=1)
     back = sampling.to_uint8(autoencoder.decode((mean - autoencoder.shift) * autoencoder.scale))
-    sampling.save_png(make_grid(torch.cat([seen, back]), nrow=len(seen), padding=2, pad_value=255), picture)
+    pictures.save_png(make_grid(torch.cat([seen, back]), nrow=len(seen), padding=2, pad_value=255), picture)
 
 
 def report(path: Path) -> list[str]:

@@ -4,21 +4,31 @@ Picture n of a seed is the same whatever the batch and the number of processes: 
 """
 
 import os
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Literal
 
 import torch
 import tyro
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
-from fastdit import command, sampling
+from fastdit import command, pictures, sampling
+from fastdit import config as configs
 from fastdit.config import Config, UserError
-from fastdit.data import vae
+from fastdit.data import encoding, vae
+from fastdit.planning import memory as footprint
 from fastdit.runtime import ranks
+from fastdit.runtime.hardware import memory_bytes
+from fastdit.runtime.ranks import World
 from fastdit.weights.folder import find_weights, home_of, load_model
+
+LATENCY_CALLS = 200
+CLASSES_KEPT = 16  # whose modulation a Sampler holds: for DiT-XL/2 in 20 steps 16 MB each
 
 
 @dataclass(frozen=True)
@@ -27,18 +37,18 @@ class Options:
     num_images: int = 64  # pictures to make (torchrun takes a plain --num for its own)
     first: int = 0  # number of the first; pictures are numbered per seed
     seed: int = 0  # picture n of a seed is always the same
-    label: int = -1  # class of all pictures; -1: each class in turn
-    sampler: Literal["", "auto", "ddpm", "ddim", "dpm++", "euler"] = ""  # empty: as the run's config says
-    steps: int = 0  # network evaluations per picture; 0: as the run's config says
-    guidance: float = 0.0  # classifier-free guidance scale, 1 is off; 0: as the run's config says
-    guidance_low: float = -1.0  # guide only from this share of the process's timesteps; -1: as the run's config says
-    guidance_high: float = -1.0  # … to this one; -1: as the run's config says
+    label: str | None = None  # class of all pictures, by name or number; without it each class in turn
+    sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler"] | None = None  # instead of the run's own
+    steps: int | None = None  # network evaluations per picture, instead of the run's own
+    guidance: float | None = None  # classifier-free guidance scale, instead of the run's own; 1 is off
+    guidance_interval: tuple[float, float] | None = None  # guide only in this part of the process, 0 … 1
     batch: int = 64  # pictures made at once, per process
     compile: bool = False  # compile the network first, which takes a while: for many pictures, or many calls of one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the network; auto: bf16 where the device has it
-    vae: str = ""  # folder or hub id of the autoencoder; empty: as the run's config says
-    out: str = ""  # folder to write to; empty: pictures/ in the run folder, or beside the file
+    vae: str | None = None  # folder or hub id of the autoencoder, instead of the run's own
+    out: str | None = None  # folder to write to, instead of pictures/ in the run folder or beside the file
     singles: bool = False  # write each picture as a PNG of its own, besides the grid
+    latency: bool = False  # make no files: time 200 calls at batch 1 and print the figures
 
 
 def main() -> None:
@@ -53,16 +63,12 @@ def main() -> None:
 
 def sample(options: Options) -> None:
     """Load, make this process's share, gather, write."""
-    for name in ("num_images", "batch"):
-        if getattr(options, name) <= 0:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be positive")
-    for name in ("first", "steps", "guidance"):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must not be negative")
-    weights, config = find_weights(Path(options.source))
-    config = command.chosen(config, options)
-    if options.label >= max(config.model.num_classes, 1):
-        raise UserError(f"--label is {options.label}; the model has classes 0 … {config.model.num_classes - 1}")
+    weights, config = open_source(options)
+    names = class_names(config)
+    label = None if options.label is None else class_number(str(options.label), config, names)
+    if options.latency:
+        print(latency(Sampler(weights, config, options.compile), label))
+        return
 
     world = ranks.init(config.parallel)
     model = ranks.every(world, lambda: load_model(weights, config, world))
@@ -82,33 +88,124 @@ def sample(options: Options) -> None:
             first=start,
             count=min(options.batch, mine.stop - start),
             seed=options.seed,
-            label=options.label,
+            label=label,
         )
         for start in track(starts, "sampling", console=console, disable=not console.is_terminal)
     ]
     images = torch.cat([part for parts in ranks.gather(world, parts) for part in parts])
-    out = ranks.once(
-        world, lambda: write(images, Path(options.out) if options.out else home_of(weights) / "pictures", config, options)
-    )
+    out = Path(options.out) if options.out else home_of(weights) / "pictures"
+    grid = ranks.once(world, lambda: write(images, out, config, options, label, names))
     ranks.shutdown()
-    console.print(f"{len(images)} pictures of {weights}: {out}", highlight=False, soft_wrap=True)
+    console.print(f"{len(images)} pictures of {weights}: {grid}", highlight=False, soft_wrap=True)
 
 
-def write(images: torch.Tensor, out: Path, config: Config, options: Options) -> Path:
+def open_source(options: Options) -> tuple[Path, Config]:
+    """The weights, and the run's config with what the options change. Raises UserError before anything is built."""
+    for name in ("num_images", "batch"):
+        if getattr(options, name) <= 0:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be positive")
+    if options.first < 0:
+        raise UserError(f"--first is {options.first}; it must not be negative")
+    weights, config = find_weights(Path(options.source))
+    config = command.chosen(config, options)
+    footprint.check_sampling(config, memory_bytes())
+    return weights, config
+
+
+def class_names(config: Config) -> list[str]:
+    """The names of the run's classes, as its pack has them; empty where the pack is gone or knows no names."""
+    return encoding.class_names(config.data) if config.model.num_classes else []
+
+
+def class_number(label: str, config: Config, names: list[str]) -> int:
+    """The number of a class given by name or number. Raises UserError."""
+    if label in names:
+        return names.index(label)
+    if label.isdecimal() and int(label) < config.model.num_classes:
+        return int(label)
+    if not config.model.num_classes:
+        raise UserError(f"--label is {configs.plain(label)}; the model has no classes")
+    known = f" or {', '.join(names)}" if names else ""
+    raise UserError(
+        f"--label is {configs.plain(label)}; the model has classes 0 … {config.model.num_classes - 1}"
+        f"{configs.plain(known)}{configs.nearest(label, names)}"
+    )
+
+
+def write(images: Tensor, out: Path, config: Config, options: Options, label: int | None, names: list[str]) -> Path:
     """The grid, and each picture where asked for, under names that say how they were made. Returns the grid's path."""
-    how = f"seed{options.seed}-{config.sample.sampler}-{config.sample.steps}steps"
     s = config.sample
+    how = f"seed{options.seed}-{s.sampler}-{s.steps}steps"
     if s.guidance != 1:
         how += f"-guidance{s.guidance:g}"
         how += f"-{s.guidance_low:g}to{s.guidance_high:g}" if (s.guidance_low, s.guidance_high) != (0, 1) else ""
-    how += f"-class{options.label}" if options.label >= 0 else ""
+    how += f"-class{label}" if label is not None else ""
     last = options.first + len(images) - 1
     grid = out / f"{how}-{options.first}to{last}.png"
-    sampling.save_grid(images, grid)
+    y = sampling.labels(config, options.first, len(images), label)
+    pictures.save_grid(images, grid, [names[n] for n in y.tolist()] if names and y is not None else [])
     if options.singles:
         for number, image in enumerate(images, options.first):
-            sampling.save_png(image, out / how / f"{number:06d}.png")
+            pictures.save_png(image, out / how / f"{number:06d}.png")
     return grid
+
+
+# --- one picture at a time ---
+
+
+class Sampler:
+    """A trained model for a control loop: `policy = Sampler.load(folder, steps=1)`, then `policy(label)` for each sample.
+
+    It is warm once it is made. No state is global, and one object serves one thread: a second thread takes its own.
+    """
+
+    def __init__(self, weights: Path, config: Config, compile: bool = False, device: torch.device | None = None):
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.config, self.world = config, World(0, 1, 0, 1, device)
+        self.model = load_model(weights, config, self.world)
+        if compile:
+            sampling.compiled(self.model, device)
+        self.vae = vae.load(config.data, device) if config.data.vae else None
+        self.modulations: dict[int | None, sampling.Modulations] = {}  # of each class asked for
+        self(0 if config.model.num_classes else None)
+
+    @classmethod
+    def load(cls, source: str | Path, steps: int | None = None, **options: bool | str) -> "Sampler":
+        """From whatever sample.py takes. options: sampler, precision, vae and compile of sample.py. Raises UserError."""
+        found = Options(str(source), steps=steps, **options)  # type: ignore[arg-type]
+        return cls(*open_source(found), found.compile)
+
+    @torch.inference_mode()
+    def __call__(self, label: int | None = None, seed: int = 0, number: int = 0) -> Tensor:
+        """Picture `number` of a seed, fp32 [C, rows, columns] of about [-1, 1] on the device; by default always the same noise.
+
+        label: the class, for a model that has classes.
+        """
+        y = sampling.labels(self.config, number, 1, label)
+        key = None if y is None else int(y)
+        if key not in self.modulations:
+            if len(self.modulations) >= CLASSES_KEPT:
+                del self.modulations[next(iter(self.modulations))]
+            self.modulations[key] = sampling.ahead(self.model, self.config, y, 1, self.world.device)
+        x0 = sampling.x0_of(self.model, self.config, y, self.modulations[key], number, 1, seed)
+        return (x0 if self.vae is None else self.vae.decode(x0))[0]
+
+
+def latency(sampler: Sampler, label: int | None, calls: int = LATENCY_CALLS) -> str:
+    """Time calls of a warm sampler, each with noise of its own: one line of figures."""
+    seconds = []
+    for number in range(calls):
+        start = perf_counter()
+        sampler(label, number=number)
+        if sampler.world.device.type == "cuda":
+            torch.cuda.synchronize(sampler.world.device)
+        seconds.append(perf_counter() - start)
+    steps = sampler.config.sample.steps
+    last = statistics.quantiles(seconds, n=100)[98]
+    return (
+        f"{calls} calls at batch 1, {steps} step{'s'[: steps - 1]} each: median {1000 * statistics.median(seconds):.2f} ms, "
+        f"99th percentile {1000 * last:.2f} ms, {calls * steps / sum(seconds):,.1f} evaluations per second"
+    )
 
 
 if __name__ == "__main__":

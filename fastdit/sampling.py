@@ -1,15 +1,12 @@
-"""From a trained network to pictures: sample, decode, lay out in a grid. Picture n of a seed is the same on any rank count."""
+"""From a trained network to pictures: sample and decode. Picture n of a seed is the same on any number of ranks."""
 
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torchvision.utils import make_grid
 
 from fastdit.config import Config, DiffusionConfig
 from fastdit.data.vae import VAE
@@ -91,36 +88,54 @@ def make(
     label: int | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Pictures first … first + count - 1, uint8 [count, 3, rows, columns] on the CPU, in config.sample.steps forwards."""
+    """Pictures first … first + count - 1, uint8 [count, C, rows, columns] on the CPU, in config.sample.steps forwards."""
     # What FSDP gathers it keeps for training, which cannot use what was made in inference mode.
     with torch.no_grad() if isinstance(model, FSDPModule) else torch.inference_mode():
-        m = config.model
         y = labels(config, first, count, label)
-        guided = config.sample.guidance != 1 and y is not None
-        evaluated = torch.cat([y, torch.full_like(y, m.num_classes)]) if guided and y is not None else y
-        times = sampling_times(config.diffusion, config.sample.steps)
-        x0 = sample(
-            model,
-            config.diffusion,
-            (count, m.channels, *m.input_size),
-            None if y is None else y.to(world.device),
-            sampler=config.sample.sampler,
-            steps=config.sample.steps,
-            guidance=config.sample.guidance,
-            guidance_low=config.sample.guidance_low,
-            guidance_high=config.sample.guidance_high,
-            seed=seed,
-            first=first,
-            device=world.device,
-            null_class=m.num_classes if m.class_dropout else None,
-            learn_sigma=m.learn_sigma,
-            modulation=Modulations(model, times, evaluated, count * (1 + guided), world.device).at,
-            on_step=None if on_step is None else lambda step, _: on_step(step),
-        )
-        if vae is not None:
-            x0 = vae.decode(x0)
-        images = to_uint8(x0)
+        modulations = ahead(model, config, y, count, world.device)
+        x0 = x0_of(model, config, y, modulations, first, count, seed, on_step)
+        images = to_uint8(x0 if vae is None else vae.decode(x0))
     return images.clone()  # an ordinary tensor
+
+
+def ahead(model: DiT, config: Config, y: Tensor | None, count: int, device: torch.device) -> Modulations:
+    """The modulation that sampling `count` pictures of labels y will ask for; with guidance for the null class too."""
+    guided = config.sample.guidance != 1 and y is not None
+    evaluated = torch.cat([y, torch.full_like(y, config.model.num_classes)]) if guided and y is not None else y
+    times = sampling_times(config.diffusion, config.sample.steps)
+    return Modulations(model, times, evaluated, count * (1 + guided), device)
+
+
+def x0_of(
+    model: DiT,
+    config: Config,
+    y: Tensor | None,
+    modulations: Modulations,
+    first: int,
+    count: int,
+    seed: int,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """sample() as a run's config says: x0 [count, C, rows, columns] fp32, pixels or latents."""
+    m, s = config.model, config.sample
+    return sample(
+        model,
+        config.diffusion,
+        (count, m.channels, *m.input_size),
+        None if y is None else y.to(modulations.device),
+        sampler=s.sampler,
+        steps=s.steps,
+        guidance=s.guidance,
+        guidance_low=s.guidance_low,
+        guidance_high=s.guidance_high,
+        seed=seed,
+        first=first,
+        device=modulations.device,
+        null_class=m.num_classes if m.class_dropout else None,
+        learn_sigma=m.learn_sigma,
+        modulation=modulations.at,
+        on_step=None if on_step is None else lambda step, _: on_step(step),
+    )
 
 
 def sampling_times(config: DiffusionConfig, steps: int) -> list[float]:
@@ -275,18 +290,3 @@ def _solver(
 def to_uint8(images: Tensor) -> Tensor:
     """Images of about [-1, 1], clipped to it, as uint8 on the CPU."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-
-
-def save_grid(images: Tensor, path: Path) -> None:
-    """Write uint8 [n, 3, rows, columns] as one PNG, about as wide as high, aside first so that no reader sees half of it."""
-    columns = max(1, round(len(images) ** 0.5))
-    grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
-    save_png(grid, path)
-
-
-def save_png(image: Tensor, path: Path) -> None:
-    """Write one picture, uint8 [3, rows, columns]."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(aside, format="PNG")
-    aside.replace(path)

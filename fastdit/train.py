@@ -17,7 +17,7 @@ from fastdit_kernels.cpu import CPU
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
-from fastdit import command, sampling
+from fastdit import command, pictures, sampling
 from fastdit import config as configs
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, RankError, UserError
@@ -296,7 +296,7 @@ def sample_grid(model: DiT, config: Config, autoencoder: vae.VAE | None, world: 
     images = sampling.make(model, config, autoencoder, world, first=world.rank * share, count=share, seed=config.run.seed)
     shares = ranks.gather(world, images)
     if world.rank == 0:
-        sampling.save_grid(torch.cat(shares)[: config.sample.num], path)
+        pictures.save_grid(torch.cat(shares)[: config.sample.num], path)
     return path
 
 

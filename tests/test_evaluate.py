@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from fastdit import config as C
-from fastdit import evaluate, sampling, train
+from fastdit import evaluate, pictures, sampling, train
 from fastdit.config import Config, UserError
 from fastdit.data.images import open_images
 from fastdit.evaluate import Chunks, Options
@@ -217,7 +217,7 @@ def test_a_folder_of_ones_own_is_compared_with_or_the_training_images(folder, tm
     cats = torch.stack([torch.from_numpy(e.image) for e in open_images(tiny(tmp_path).data).read(0, 60)])
     for i, image in enumerate(cats):
         place = tmp_path / "mine" / ("a" if i < 30 else "b") / f"{i:03d}.png"
-        sampling.save_png(image.permute(2, 0, 1), place)
+        pictures.save_png(image.permute(2, 0, 1), place)
     (tmp_path / "mine" / "a" / "bad.png").write_bytes(b"no image")
 
     held = evaluation.open_judge(tiny(tmp_path), 500, CPU, str(tmp_path / "mine"))
@@ -316,7 +316,7 @@ def test_fidelity_is_asked_for_the_published_figures(folder, run_ranks, tmp_path
 
 def test_an_image_that_cannot_be_decoded_is_stood_in_for(tmp_path):
     for i in range(4):
-        sampling.save_png(torch.full((3, 32, 32), i, dtype=torch.uint8), tmp_path / f"{i}.png")
+        pictures.save_png(torch.full((3, 32, 32), i, dtype=torch.uint8), tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"")
     source = open_images(C.DataConfig("folder", path=str(tmp_path)))
     real = fid.Real(source, range(4))

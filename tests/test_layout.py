@@ -20,7 +20,7 @@ KERNELS = "fastdit_kernels"  # below all ranks: a package of its own
 RANKS = [
     {"config"},
     {"runtime"},
-    {"command", "model", "diffusion", "optim", "checkpoint", "meter", "data"},
+    {"command", "pictures", "model", "diffusion", "optim", "checkpoint", "meter", "data"},
     {"sampling", "weights"},
     {"weights.pipeline", "quality", "planning"},
     {"train", "encode", "sample", "convert", "export", "plan", "evaluate", "report"},

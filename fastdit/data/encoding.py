@@ -19,6 +19,7 @@ from typing import Any
 
 from fastdit.config import Config, DataConfig, UserError, plain
 from fastdit.data import chunks, images, vae
+from fastdit.data.cats import COLOURS
 from fastdit.data.decode import TRANSFORMS
 from fastdit.data.manifest import FORMAT
 from fastdit.data.pack import Batch, Manifest, Pack, read_manifest, verify
@@ -69,6 +70,16 @@ def open_pack(config: Config, world: World, log: Callable[[str], None] = print) 
     """The config's pack, encoded first if need be, as a training loop reads it: each rank's batches one micro-step apart."""
     d, stride = config.data, config.train.batch * world.size
     return Pack(ensure(config, world, log), world.device, config.run.seed, d.hflip, d.device_gib, stride)
+
+
+def class_names(data: DataConfig) -> list[str]:
+    """The names of this data's classes, by number; empty where its pack is not here or knows its classes by number only."""
+    try:
+        if images.origin(data).kind == "cats":
+            return list(COLOURS)
+        return read_manifest(folder(data)).class_names
+    except (UserError, OSError):
+        return []
 
 
 def folder(data: DataConfig) -> Path:

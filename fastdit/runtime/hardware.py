@@ -1,5 +1,6 @@
 """What the machine says of itself: what its devices compute in and the peak they are known for, energy used, memory held."""
 
+import os
 import re
 import resource
 import sys
@@ -85,6 +86,13 @@ class Energy:
             self.handles = []
             return None
         return millijoules / 1000
+
+
+def memory_bytes() -> int:
+    """Of the first GPU, or of the machine where there is none."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_gib(device: torch.device) -> float:
