@@ -27,9 +27,10 @@ from fastdit import command, sampling
 from fastdit.config import Config, UserError
 from fastdit.data import vae
 from fastdit.model import DiT
+from fastdit.planning import memory as footprint
 from fastdit.quality import evaluation, fid, scores
 from fastdit.runtime import ranks
-from fastdit.runtime.hardware import precision
+from fastdit.runtime.hardware import memory_bytes, precision
 from fastdit.runtime.ranks import World
 from fastdit.weights.folder import find_weights, home_of, load_model
 
@@ -40,23 +41,22 @@ OFFLINE_NUM = 5_000  # pictures and real images that the offline metric compares
 @dataclass(frozen=True)
 class Options:
     source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported folder or safetensors file
-    num_images: int = 0  # pictures to make; 0: 50,000, or 2,000 for the offline metric alone
+    num_images: int | None = None  # pictures to make; by default 50,000, or 2,000 for the offline metric alone
     metric: Literal["auto", "offline", "fidelity", "both", "none"] = (
         "auto"  # fidelity: FID, KID, precision, recall by Inception
     )
     seed: int = 0  # picture n of a seed is always the same
-    sampler: Literal["", "auto", "ddpm", "ddim", "dpm++", "euler"] = ""  # empty: as the run's config says
-    steps: int = 0  # network evaluations per picture; 0: as the run's config says
-    guidance: float = 0.0  # classifier-free guidance scale, 1 is off; 0: as the run's config says
-    guidance_low: float = -1.0  # guide only from this share of the process's timesteps; -1: as the run's config says
-    guidance_high: float = -1.0  # … to this one; -1: as the run's config says
+    sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler"] | None = None  # instead of the run's own
+    steps: int | None = None  # network evaluations per picture, instead of the run's own
+    guidance: float | None = None  # classifier-free guidance scale, instead of the run's own; 1 is off
+    guidance_interval: tuple[float, float] | None = None  # guide only in this part of the process, 0 … 1
     batch: int = 64  # pictures made at once, per process
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the network; auto: bf16 where the device has it
-    vae: str = ""  # folder or hub id of the autoencoder; empty: as the run's config says
-    reference: str = ""  # folder of images to compare with; empty: held-out cats or training images, fidelity: training images
-    reference_num: int = 50_000  # real images that fidelity compares with, drawn at random; 0: all
+    vae: str | None = None  # folder or hub id of the autoencoder, instead of the run's own
+    reference: str | None = None  # folder of images to compare with, instead of held-out cats or training images
+    reference_num: int = 50_000  # real images that fidelity compares with, chosen at random; 0: all
     npz: bool = False  # write the pictures as one .npz for the ADM evaluation suite
-    out: str = ""  # folder to keep pictures in; empty: evaluations/ in the run folder, or beside the file
+    out: str | None = None  # folder to keep pictures in, instead of evaluations/ in the run folder or beside the file
 
 
 def main() -> None:
@@ -73,6 +73,7 @@ def evaluate(options: Options) -> None:
     """Make what pictures are not there yet, all processes together; then the first one measures."""
     weights, config = find_weights(Path(options.source))
     config = chosen(config, options)
+    footprint.check_sampling(config, memory_bytes())
     # "auto" is what can be had for small images without a download, and what the field reports for others.
     small = max(config.data.image_size) <= 64 or bool(options.reference)
     metric = options.metric if options.metric != "auto" else "offline" if small else "fidelity"
@@ -97,12 +98,11 @@ def evaluate(options: Options) -> None:
 
 def chosen(config: Config, options: Options) -> Config:
     """The run's config with what the options change. Raises UserError."""
-    for field in ("num_images", "steps", "guidance", "reference_num"):
-        if getattr(options, field) < 0:
-            raise UserError(f"--{field} is {getattr(options, field)}; it must not be negative")
+    if options.reference_num < 0:
+        raise UserError(f"--reference_num is {options.reference_num}; it must not be negative")
     if options.batch <= 0:
         raise UserError(f"--batch is {options.batch}; it must be positive")
-    if 0 < options.num_images < 16:
+    if options.num_images is not None and options.num_images < 16:
         raise UserError(f"--num_images is {options.num_images}; a metric needs at least 16 pictures")
     return command.chosen(config, options, run={"seed": options.seed})
 
@@ -133,7 +133,12 @@ def whole(path: Path, chunk: range, config: Config) -> bool:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return False
-    return bool(found.dtype == np.uint8 and found.shape[:2] == (len(chunk), 3) and found.shape[2:] == config.data.image_size)
+    return bool(
+        found.dtype == np.uint8
+        and found.shape[0] == len(chunk)
+        and found.shape[1] in (1, 3)
+        and found.shape[2:] == config.data.image_size
+    )
 
 
 def prepare(options: Options, config: Config, weights: Path, device: torch.device) -> Path:
@@ -230,13 +235,13 @@ def measure(
         write_npz(path, made)
         console.print(f"for the ADM suite: {path}", highlight=False, soft_wrap=True)
     if metric in ("offline", "both"):
-        judge = evaluation.open_judge(config, min(len(made), OFFLINE_NUM), world.device, options.reference)
+        judge = evaluation.open_judge(config, min(len(made), OFFLINE_NUM), world.device, options.reference or "")
         found = evaluation.line(config, seen, judge, made.first(judge.num))
         evaluation.record(home, found)
         console.print(evaluation.say(found), highlight=False, soft_wrap=True)
         console.print("these figures are not comparable with published FID or KID", highlight=False)
     if metric in ("fidelity", "both"):
-        real = fid.Real(*evaluation.references(config, options.reference_num, options.reference))
+        real = fid.Real(*evaluation.references(config, options.reference_num, options.reference or ""))
         found = {
             **evaluation.how(config, seen, "fidelity", len(made), options.seed),
             "against": f"{len(real):,} images of {real.source.name}",

@@ -335,7 +335,7 @@ def test_what_is_missing_or_wrong_is_said_before_anything_is_made(folder, monkey
     for options, message in (
         (Options(str(folder), num_images=3), "--num_images is 3; a metric needs at least 16"),
         (Options(str(folder), batch=0), "--batch is 0"),
-        (Options(str(folder), steps=-1), "--steps is -1"),
+        (Options(str(folder), steps=-1), "--sample.steps is -1"),
         (Options(str(folder), guidance=2.0), "--model.class_dropout"),
         (Options(str(tmp_path / "none")), "does not exist"),
     ):

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdit import config as configs
 from fastdit import sampling
 from fastdit.config import Config, DataConfig, UserError
-from fastdit.data.images import ImageSource, open_images
+from fastdit.data.images import ImageSource, open_images, origin
 from fastdit.data.vae import VAE
 from fastdit.model import DiT
 from fastdit.quality import charts, scores
@@ -32,8 +32,8 @@ def real_images(config: Config, num: int, reference: str = "") -> tuple[ImageSou
     """
     d, threads = config.data, torch.get_num_threads()
     if reference:
-        return open_images(DataConfig("folder", path=reference, image_size=d.image_size), threads=threads), True
-    if d.source == "cats":
+        return open_images(DataConfig(path=reference, image_size=d.image_size, crop=d.crop), threads=threads), True
+    if origin(d).kind == "cats":
         return open_images(configs.replace(config, data={"num_images": num}).data, held_out=True, threads=threads), True
     return open_images(d, threads=threads), False
 
