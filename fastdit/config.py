@@ -125,7 +125,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # global norm; 0: off
     ema: float = 0.9999  # decay of the averaged weights per step; warms up as (1 + step) / (10 + step)
     spike_sigma: float = 0.0  # skip a step whose loss is so many deviations above the last 128 losses' mean; 0: off
-    init_from: str = ""  # safetensors file of ours to start from, as convert.py writes them, instead of random weights
+    init_from: str = ""  # run, checkpoint, export, safetensors file or hub id to start from; empty: random weights
     max_skips: int = 20  # stop after so many skipped steps in a row
 
 

@@ -32,7 +32,7 @@ from fastdit.quality import evaluation, fid, scores
 from fastdit.runtime import ranks
 from fastdit.runtime.hardware import memory_bytes, precision
 from fastdit.runtime.ranks import World
-from fastdit.weights.folder import find_weights, home_of, load_model
+from fastdit.weights.folder import Located, load_model, locate
 
 CHUNK = 256  # pictures between two commits; what a kill can cost each process
 OFFLINE_NUM = 5_000  # pictures and real images that the offline metric compares at most
@@ -40,7 +40,7 @@ OFFLINE_NUM = 5_000  # pictures and real images that the offline metric compares
 
 @dataclass(frozen=True)
 class Options:
-    source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported folder or safetensors file
+    source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported folder, safetensors file or hub id
     num_images: int | None = None  # pictures to make; by default 50,000, or 2,000 for the offline metric alone
     metric: Literal["auto", "offline", "fidelity", "both", "none"] = (
         "auto"  # fidelity: FID, KID, precision, recall by Inception
@@ -71,8 +71,8 @@ def main() -> None:
 
 def evaluate(options: Options) -> None:
     """Make what pictures are not there yet, all processes together; then the first one measures."""
-    weights, config = find_weights(Path(options.source))
-    config = chosen(config, options)
+    found = locate(options.source)
+    config = chosen(found.config, options)
     footprint.check_sampling(config, memory_bytes())
     # "auto" is what can be had for small images without a download, and what the field reports for others.
     small = max(config.data.image_size) <= 64 or bool(options.reference)
@@ -82,18 +82,18 @@ def evaluate(options: Options) -> None:
 
     world = ranks.init(config.parallel)
     console = Console(quiet=world.rank > 0)
-    folder = ranks.once(world, lambda: prepare(options, config, weights, world.device))
+    folder = ranks.once(world, lambda: prepare(options, config, found, world.device))
     missing = ranks.once(world, lambda: [c for c in chunks(num) if not whole(folder / name(c), c, config)])
     mine = missing[world.rank :: world.size]
     if missing:
-        model = ranks.every(world, lambda: load_model(weights, config, world))
+        model = ranks.every(world, lambda: load_model(found.weights, config, world))
         autoencoder = ranks.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
         for chunk in track(mine, "sampling", console=console, disable=not console.is_terminal):
             make(folder / name(chunk), chunk, model, config, autoencoder, world, options)
         del model, autoencoder
     ranks.shutdown()  # nobody waits for the first process to measure
     if world.rank == 0:
-        measure(options, config, weights, Chunks([folder / name(c) for c in chunks(num)]), metric, folder, world, console)
+        measure(options, config, found, Chunks([folder / name(c) for c in chunks(num)]), metric, folder, world, console)
 
 
 def chosen(config: Config, options: Options) -> Config:
@@ -141,10 +141,10 @@ def whole(path: Path, chunk: range, config: Config) -> bool:
     )
 
 
-def prepare(options: Options, config: Config, weights: Path, device: torch.device) -> Path:
+def prepare(options: Options, config: Config, found: Located, device: torch.device) -> Path:
     """The folder of the pictures that these weights and settings make; what they are stands in it. Rank 0 alone calls this."""
     follows_from: dict[str, Any] = {
-        "weights": digest(weights),
+        "weights": digest(found.weights),
         "seed": options.seed,
         "precision": precision(options.precision, device),
         "vae": [config.data.vae, config.data.vae_revision],
@@ -152,10 +152,10 @@ def prepare(options: Options, config: Config, weights: Path, device: torch.devic
     }
     del follows_from["sample"]["num"]
     text = json.dumps(follows_from, indent=2, sort_keys=True)
-    root = Path(options.out) if options.out else home_of(weights) / "evaluations"
-    seen = images_seen(weights)
+    root = Path(options.out) if options.out else found.home / "evaluations"
+    seen = found.images_seen
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
-    folder = root / f"{weights.stem if seen is None else f'{seen:012d}'}-{key}"
+    folder = root / f"{found.weights.stem if seen is None else f'{seen:012d}'}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pictures.json").write_text(text + "\n")
     return folder
@@ -164,12 +164,6 @@ def prepare(options: Options, config: Config, weights: Path, device: torch.devic
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def images_seen(weights: Path) -> int | None:
-    """How many images a checkpoint's weights have seen; None for a file elsewhere."""
-    checkpoint = weights.resolve().parent
-    return int(checkpoint.name) if checkpoint.parent.name == "checkpoints" and checkpoint.name.isdecimal() else None
 
 
 def make(
@@ -220,7 +214,7 @@ class Chunks(Dataset[Tensor]):
 def measure(
     options: Options,
     config: Config,
-    weights: Path,
+    located: Located,
     made: Chunks,
     metric: str,
     folder: Path,
@@ -228,8 +222,8 @@ def measure(
     console: Console,
 ) -> None:
     """Score the pictures, print the figures, keep them in the run's evaluations.jsonl and its curve."""
-    seen, home = images_seen(weights), home_of(weights)
-    console.print(f"{len(made):,} pictures of {weights}: {folder}", highlight=False, soft_wrap=True)
+    seen, home = located.images_seen, located.home
+    console.print(f"{len(made):,} pictures of {located.weights}: {folder}", highlight=False, soft_wrap=True)
     if options.npz:
         path = folder / f"pictures-{len(made)}x{config.data.image_size[0]}x{config.data.image_size[1]}x3.npz"
         write_npz(path, made)

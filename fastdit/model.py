@@ -128,6 +128,7 @@ class DiT(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops, residual: torch.dtype | None = None):
         super().__init__()
         self.config, self.residual = config, residual
+        self.run: Config | None = None  # of the run that trained it, where it was loaded
         D, L = config.width, config.depth
         rows, columns = (side // config.patch for side in config.input_size)
         self.x_embedder = nn.Linear(config.channels * config.patch**2, D)
@@ -189,9 +190,11 @@ class DiT(nn.Module):
         """
         for name, parameter in self.named_parameters():
             # Each rank makes the whole tensor and keeps its part, so nothing depends on the world size.
-            fill(parameter, self._initial(name, parameter.shape, generator("cpu", seed, "init", name)))
+            fill(parameter, self.initial(name, parameter.shape, seed))
 
-    def _initial(self, name: str, shape: torch.Size, rng: torch.Generator) -> Tensor:
+    def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """The whole starting value of a parameter, on the CPU."""
+        rng = generator("cpu", seed, "init", name)
         if name == "pos_embed":
             rows, columns = (side // self.config.patch for side in self.config.input_size)
             return position_embedding(rows, columns, self.config.width)

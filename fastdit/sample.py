@@ -25,7 +25,7 @@ from fastdit.planning import memory as footprint
 from fastdit.runtime import ranks
 from fastdit.runtime.hardware import memory_bytes
 from fastdit.runtime.ranks import World
-from fastdit.weights.folder import find_weights, home_of, load_model
+from fastdit.weights.folder import Located, load_model, locate
 
 LATENCY_CALLS = 200
 CLASSES_KEPT = 16  # whose modulation a Sampler holds: for DiT-XL/2 in 20 steps 16 MB each
@@ -33,7 +33,7 @@ CLASSES_KEPT = 16  # whose modulation a Sampler holds: for DiT-XL/2 in 20 steps 
 
 @dataclass(frozen=True)
 class Options:
-    source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported folder or safetensors file
+    source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported folder, safetensors file or hub id
     num_images: int = 64  # pictures to make (torchrun takes a plain --num for its own)
     first: int = 0  # number of the first; pictures are numbered per seed
     seed: int = 0  # picture n of a seed is always the same
@@ -63,7 +63,8 @@ def main() -> None:
 
 def sample(options: Options) -> None:
     """Load, make this process's share, gather, write."""
-    weights, config = open_source(options)
+    source = open_source(options)
+    weights, config = source.weights, source.config
     names = class_names(config)
     label = None if options.label is None else class_number(str(options.label), config, names)
     if options.latency:
@@ -93,23 +94,23 @@ def sample(options: Options) -> None:
         for start in track(starts, "sampling", console=console, disable=not console.is_terminal)
     ]
     images = torch.cat([part for parts in ranks.gather(world, parts) for part in parts])
-    out = Path(options.out) if options.out else home_of(weights) / "pictures"
+    out = Path(options.out) if options.out else source.home / "pictures"
     grid = ranks.once(world, lambda: write(images, out, config, options, label, names))
     ranks.shutdown()
     console.print(f"{len(images)} pictures of {weights}: {grid}", highlight=False, soft_wrap=True)
 
 
-def open_source(options: Options) -> tuple[Path, Config]:
+def open_source(options: Options) -> Located:
     """The weights, and the run's config with what the options change. Raises UserError before anything is built."""
     for name in ("num_images", "batch"):
         if getattr(options, name) <= 0:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be positive")
     if options.first < 0:
         raise UserError(f"--first is {options.first}; it must not be negative")
-    weights, config = find_weights(Path(options.source))
-    config = command.chosen(config, options)
+    found = locate(options.source)
+    config = command.chosen(found.config, options)
     footprint.check_sampling(config, memory_bytes())
-    return weights, config
+    return found._replace(config=config)
 
 
 def class_names(config: Config) -> list[str]:
@@ -172,8 +173,9 @@ class Sampler:
     @classmethod
     def load(cls, source: str | Path, steps: int | None = None, **options: bool | str) -> "Sampler":
         """From whatever sample.py takes. options: sampler, precision, vae and compile of sample.py. Raises UserError."""
-        found = Options(str(source), steps=steps, **options)  # type: ignore[arg-type]
-        return cls(*open_source(found), found.compile)
+        given = Options(str(source), steps=steps, **options)  # type: ignore[arg-type]
+        found = open_source(given)
+        return cls(found.weights, found.config, given.compile)
 
     @torch.inference_mode()
     def __call__(self, label: int | None = None, seed: int = 0, number: int = 0) -> Tensor:

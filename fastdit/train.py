@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdit import command, pictures, sampling
 from fastdit import config as configs
-from fastdit.checkpoint import Checkpoints
+from fastdit.checkpoint import Checkpoints, newest
 from fastdit.config import Config, RankError, UserError
 from fastdit.data import encoding, vae
 from fastdit.diffusion import Objective, choose_objective
@@ -32,9 +32,9 @@ from fastdit.runtime import ranks, sharding
 from fastdit.runtime.hardware import has_bf16, peak_tflops, precision
 from fastdit.runtime.profiler import Profiler
 from fastdit.runtime.ranks import World
-from fastdit.runtime.tensors import load_weights
 from fastdit.runtime.trackers import require_wandb
-from fastdit.weights.folder import copy_into
+from fastdit.weights.folder import locate
+from fastdit.weights.start import adopt, start_from
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def train(config: Config) -> int:
 
     pack = ranks.every(world, lambda: encoding.open_pack(config, world))
     stop = ranks.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
-    model = build(config, world)
+    model = build(config, world, start=ranks.once(world, lambda: newest(folder) is None))
     optimizer = Optimizer(model, config.train, batch, kernel=on_kernels(config, world.device))
     objective = choose_objective(config, world.device)
 
@@ -252,6 +252,7 @@ def open_run(config: Config) -> tuple[Config, Path]:
         if path.is_symlink():
             raise UserError(f"{path} is a symbolic link; a run folder and what is in it must be its own")
     config = configs.replace(config, run={"name": folder.name, "fresh": False})
+    config = with_start(config, folder / "config.json")
     if (folder / "config.json").exists():
         free = FREE if config.train.lr_decay == "cosine" else (*FREE, "train.images")  # a cosine ends at the last image
         changed = [d for d in configs.differences(config, configs.load(folder / "config.json")) if not d.startswith(free)]
@@ -262,6 +263,18 @@ def open_run(config: Config) -> tuple[Config, Path]:
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no config.json; choose another --run.name")
     return config, folder
+
+
+def with_start(config: Config, saved: Path) -> Config:
+    """The config with what the model that it starts from decides: a new run's source says it, a begun run's config.json."""
+    if saved.exists():
+        run = configs.load(saved)
+        if run.train.init_from and config.train.init_from in ("", run.train.init_from):
+            config = adopt(config, run.model, run.train.init_from)
+            return configs.replace(config, train={"init_from": run.train.init_from})
+    elif config.train.init_from:
+        return adopt(config, locate(config.train.init_from).config.model, config.train.init_from)
+    return config
 
 
 def start_run(config: Config, folder: Path) -> None:
@@ -300,8 +313,8 @@ def sample_grid(model: DiT, config: Config, autoencoder: vae.VAE | None, world: 
     return path
 
 
-def build(config: Config, world: World) -> DiT:
-    """The model on its starting weights, random or a file's, compiled and sharded."""
+def build(config: Config, world: World, start: bool = True) -> DiT:
+    """The model on its starting weights, compiled and sharded. start: read --train.init_from, since no checkpoint follows."""
     with torch.device("meta"):
         model = DiT(
             config.model,
@@ -312,9 +325,10 @@ def build(config: Config, world: World) -> DiT:
     sharding.compile(model, config.parallel, world.device)
     sharding.shard(model, config.parallel, world)
     model.init_weights(config.run.seed)
-    if config.train.init_from:
-        path = Path(config.train.init_from)
-        ranks.every(world, lambda: copy_into(model, load_weights(path)[0], str(path)))
+    if config.train.init_from and start:
+        said = ranks.every(world, lambda: start_from(model, config.train.init_from, config))
+        if world.rank == 0:
+            print(said, flush=True)
     return model
 
 

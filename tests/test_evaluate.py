@@ -18,7 +18,7 @@ from fastdit.data.images import open_images
 from fastdit.evaluate import Chunks, Options
 from fastdit.quality import evaluation, fid, scores
 from fastdit.runtime import ranks
-from fastdit.weights.folder import find_weights, load_model
+from fastdit.weights.folder import load_model, locate
 
 CPU = torch.device("cpu")
 BATCH, IMAGES, NUM = 16, 96, 40
@@ -106,7 +106,7 @@ def test_training_keeps_a_line_and_a_curve_for_each_evaluation(folder):
 
 def test_a_line_is_the_metric_of_the_pictures_it_says(folder):
     """The last line once more, from the checkpoint, step by step."""
-    weights, config = find_weights(folder)
+    weights, config, *_ = locate(folder)
     world = ranks.World(0, 1, 0, 1, CPU)
     model = load_model(weights, config, world)
     images = sampling.make(model, config, None, world, first=0, count=16, seed=config.run.seed)
@@ -163,7 +163,7 @@ def test_pictures_are_the_same_on_any_ranks_and_none_is_made_twice(folder, run_r
     assert stored(tmp_path / "two") == one
 
     whole = np.concatenate([np.load(home / n) for n in sorted(one)])
-    weights, config = find_weights(folder)
+    weights, config, *_ = locate(folder)
     config = C.replace(config, run={"seed": 0})
     model = load_model(weights, config, ranks.World(0, 1, 0, 1, CPU))
     want = sampling.make(model, config, None, ranks.World(0, 1, 0, 1, CPU), first=24, count=8, seed=0)
@@ -171,11 +171,12 @@ def test_pictures_are_the_same_on_any_ranks_and_none_is_made_twice(folder, run_r
 
 
 def test_other_settings_and_weights_have_folders_of_their_own(folder, tmp_path):
-    weights, config = find_weights(folder)
+    found = locate(folder)
+    weights, config = found.weights, found.config
 
     def home(**changed):
         options = Options(str(folder), out=str(tmp_path), **{"precision": "bf16", **changed})
-        return evaluate.prepare(options, evaluate.chosen(config, options), weights, torch.device("cpu")).name
+        return evaluate.prepare(options, evaluate.chosen(config, options), found, torch.device("cpu")).name
 
     names = {home(), home(seed=1), home(steps=3), home(sampler="ddim"), home(precision="fp32")}
     assert len(names) == 5
@@ -283,7 +284,7 @@ def test_fidelity_is_asked_for_the_published_figures(folder, run_ranks, tmp_path
     out = tmp_path / "out"
     run_ranks(1, evaluated, Options(str(folder), num_images=NUM, metric="none", out=str(out)), 256, init=False)
     made = Chunks(sorted(out.glob("*/*.npy")))
-    config = find_weights(folder)[1]
+    config = locate(folder).config
     source, numbers = evaluation.references(config, 50)
     assert len(numbers) == 50 == len(set(numbers)) < source.length
     real = fid.Real(source, numbers)
@@ -300,8 +301,8 @@ def test_fidelity_is_asked_for_the_published_figures(folder, run_ranks, tmp_path
     assert same["precision"] == same["recall"] == 1
 
     options = Options(str(folder), num_images=NUM, metric="fidelity", out=str(out), reference_num=50)
-    weights, alone, quiet = find_weights(folder)[0], ranks.World(0, 1, 0, 1, CPU), Console(quiet=True)
-    evaluate.measure(options, evaluate.chosen(config, options), weights, made, "fidelity", out, alone, quiet)
+    located, alone, quiet = locate(folder), ranks.World(0, 1, 0, 1, CPU), Console(quiet=True)
+    evaluate.measure(options, evaluate.chosen(config, options), located, made, "fidelity", out, alone, quiet)
     [line] = [e for e in lines(folder) if e["metric"] == "fidelity"]
     assert (line["fid"], line["against"]) == (pytest.approx(found["fid"]), "50 images of 120 embedded cats")
     assert "FID" in (folder / evaluation.CURVE).read_text()

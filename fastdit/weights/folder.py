@@ -1,23 +1,94 @@
-"""A model as a folder, here or on the hub: model.safetensors, and config.json with the config of the run that trained it."""
+"""A trained model by name: a run, one of its checkpoints, a folder that export.py wrote, a file of weights, or a hub id.
 
+A folder of weights is model.safetensors, and config.json with the config of the run that trained it.
+"""
+
+import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastdit_kernels import Ops
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
+from fastdit import checkpoint
 from fastdit import config as configs
-from fastdit.config import Config, UserError
+from fastdit.config import Config, UserError, plain
 from fastdit.model import DiT, choose_ops, residual_dtype
 from fastdit.runtime.hardware import compute_dtype
 from fastdit.runtime.ranks import World
-from fastdit.runtime.sharding import fill
 from fastdit.runtime.tensors import load_weights, save_weights
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class Located(NamedTuple):
+    """A model's weights, and what is known of them."""
+
+    weights: Path  # safetensors
+    config: Config  # of the run that trained them
+    home: Path  # where what is made of them goes: the run's folder, or the folder of the file
+    images_seen: int | None  # None where no checkpoint says
+
+
+def locate(source: str | Path, **hub: Any) -> Located:
+    """What a run folder, a checkpoint, an exported folder, a safetensors file or a hub id (OWNER/NAME[@REVISION]) means.
+
+    Of a run, the newest checkpoint. hub: revision, token, cache_dir, local_files_only … of huggingface_hub.hf_hub_download.
+    Raises UserError, one line.
+    """
+    path = Path(source)
+    if path.is_file():
+        folder = path.absolute().parent
+        if path.name == checkpoint.WEIGHTS and (folder / checkpoint.ABOUT).is_file():
+            return _checkpoint(folder)
+        for place in (folder, *path.resolve().parents[:3]):
+            if (place / CONFIG).is_file():
+                return Located(path, configs.load(place / CONFIG), folder, None)
+        raise UserError(f"{path}: there is no config.json beside it that says what model it holds")
+    if path.is_dir():
+        if (path / WEIGHTS).is_file():
+            return Located(path / WEIGHTS, configs.load(path / CONFIG), path, None)
+        if (path / checkpoint.ABOUT).is_file():
+            return _checkpoint(path.absolute())
+        if (path / "model_index.json").is_file():
+            raise UserError(
+                f"{path} holds a pipeline: open it with FastDiTPipeline.from_pretrained, or bring it in with convert.py"
+            )
+        newest = checkpoint.newest(path)
+        if newest is None:
+            raise UserError(f"{path} holds no checkpoint yet")
+        return Located(newest / checkpoint.WEIGHTS, configs.load(path / CONFIG), path, int(newest.name))
+    repo_id, _, revision = str(source).partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or Path(repo_id).parent.is_dir():
+        raise UserError(f"{path} does not exist; name a run folder, an exported folder, a safetensors file or a hub id")
+    about, weights = _download(repo_id, {**({"revision": revision} if revision else {}), **hub})
+    return Located(weights, configs.load(about), Path(), None)
+
+
+def _checkpoint(folder: Path) -> Located:
+    run = folder.parents[1]
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{folder}: there is no config.json in {run} that says what model it holds")
+    return Located(
+        folder / checkpoint.WEIGHTS, configs.load(run / CONFIG), run, int(folder.name) if folder.name.isdecimal() else None
+    )
+
+
+def load(source: str | Path, device: torch.device | str | None = None, *, precision: str = "auto", **hub: Any) -> DiT:
+    """The model that `locate` finds, on its averaged weights, in eval mode, for `fastdit.sample` and for calls model(x, t, y).
+
+    `model.run` is the config of the run that trained it. device: None for the GPU where there is one. precision: auto, bf16 or
+    fp32, of the network. Raises UserError, one line.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = locate(source, **hub)
+    config = configs.replace(found.config, parallel={"precision": precision})
+    model = load_model(found.weights, config, World(0, 1, 0, 1, where))
+    model.run = found.config
+    return model
 
 
 def from_pretrained(
@@ -26,39 +97,27 @@ def from_pretrained(
     ops: Ops = REFERENCE,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    revision: str | None = None,
     **hub: Any,
 ) -> tuple[DiT, Config]:
-    """The model of a folder, or of a hub repository at a revision, in eval mode; and the config of the run that trained it.
+    """The model that `locate` finds, to train or to take apart: on the reference ops, in fp32. And its run's config.
 
-    hub: token, cache_dir, local_files_only … of huggingface_hub.hf_hub_download. No code of the repository is run.
     Raises UserError, one line.
     """
-    paths = [Path(source, name) for name in (CONFIG, WEIGHTS)]
-    if not Path(source).is_dir():
-        paths = _download(str(source), revision, hub)
-    run = configs.load(paths[0])
+    found = locate(source, **hub)
     with torch.device("meta"):
-        model = DiT(run.model, ops)
-    assign(model, load_weights(paths[1])[0], str(source), dtype, device)
-    return model.eval(), run
+        model = DiT(found.config.model, ops)
+    assign(model, load_weights(found.weights)[0], str(source), dtype, device)
+    return model.eval(), found.config
 
 
 def assign(model: DiT, tensors: dict[str, Tensor], source: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
     """Make these tensors the parameters of a model on the meta device. Raises UserError unless they are exactly its own."""
-    fitting = _fitting(model, tensors, source)
-    model.load_state_dict({name: t.to(device, dtype) for name, t in fitting.items()}, assign=True)
+    fit = fitting(model, tensors, source)
+    model.load_state_dict({name: t.to(device, dtype) for name, t in fit.items()}, assign=True)
 
 
-@torch.no_grad()
-def copy_into(model: DiT, tensors: dict[str, Tensor], source: str) -> None:
-    """Copy these whole tensors into the parameters, sharded or not. Raises UserError unless they are exactly its own."""
-    fitting = _fitting(model, tensors, source)
-    for name, parameter in model.named_parameters():
-        fill(parameter, fitting[name])
-
-
-def _fitting(model: DiT, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+def fitting(model: DiT, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors, and those that files may lack. Raises UserError unless they are exactly the model's own, and finite."""
     tensors = {**model.fixed(), **tensors}
     expected = {name: p.shape for name, p in model.named_parameters()}
     for name in sorted(expected.keys() | tensors.keys()):
@@ -66,6 +125,8 @@ def _fitting(model: DiT, tensors: dict[str, Tensor], source: str) -> dict[str, T
             here = tuple(tensors[name].shape) if name in tensors else "missing"
             there = tuple(expected[name]) if name in expected else "unknown"
             raise UserError(f"{source} does not fit its config: {name} is {here} in the file, {there} in the model")
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{source} cannot be used: {name} holds numbers that are not finite")
     return tensors
 
 
@@ -88,24 +149,6 @@ def push_to_hub(model: DiT, repo_id: str, run: Config, *, private: bool | None =
         return upload(Path(folder), repo_id, private=private, **hub)
 
 
-def find_weights(source: Path) -> tuple[Path, Config]:
-    """The weights file that `source` means, and the config of the run that made it. Raises UserError."""
-    if not source.exists():
-        raise UserError(f"{source} does not exist; name a run folder or a safetensors file")
-    weights = source
-    if source.is_dir():
-        names = (WEIGHTS, "ema.safetensors", "checkpoints/[0-9]*[0-9]/ema.safetensors")
-        found = sorted(path for name in names for path in source.glob(name))
-        if not found:
-            raise UserError(f"{source} holds no checkpoint yet")
-        weights = found[-1]
-    # weights → checkpoint → checkpoints → run folder
-    for place in list(weights.resolve().parents)[:3]:
-        if (place / "config.json").is_file():
-            return weights, configs.load(place / "config.json")
-    raise UserError(f"{weights}: there is no config.json beside it that says what model it holds")
-
-
 def load_model(weights: Path, config: Config, world: World) -> DiT:
     """The model on its weights, whole, in the precision it computes in."""
     dtype = compute_dtype(config.parallel.precision, world.device)
@@ -113,12 +156,6 @@ def load_model(weights: Path, config: Config, world: World) -> DiT:
         model = DiT(config.model, choose_ops(config, world.device), residual=residual_dtype(config))
     assign(model, load_weights(weights)[0], str(weights), dtype, world.device)
     return model.eval().requires_grad_(False)
-
-
-def home_of(weights: Path) -> Path:
-    """Where what is made of weights goes: the run folder of a checkpoint, or the folder of a lone file."""
-    parents = weights.parents
-    return parents[2] if weights.name == "ema.safetensors" and parents[1].name == "checkpoints" else parents[0]
 
 
 def save_folder(folder: Path, tensors: dict[str, Tensor], run: Config, metadata: dict[str, str] | None = None) -> None:
@@ -143,12 +180,12 @@ def upload(folder: Path, repo_id: str, *, private: bool | None = None, token: st
         raise UserError(f"not uploaded to {repo_id}: {' '.join(str(error).split())[:300]}") from None
 
 
-def _download(repo_id: str, revision: str | None, options: dict[str, Any]) -> list[Path]:
+def _download(repo_id: str, options: dict[str, Any]) -> list[Path]:
     """The two files in the hub's cache, which keeps links where they are named and the files themselves elsewhere."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return [Path(hf_hub_download(repo_id, name, revision=revision, **options)).resolve() for name in (CONFIG, WEIGHTS)]
+        return [Path(hf_hub_download(repo_id, name, **options)).resolve() for name in (CONFIG, WEIGHTS)]
     except Exception as error:  # of the network, the hub, the cache or the name
-        reason = " ".join(str(error).split())[:300]
+        reason = plain(" ".join(str(error).split()))
         raise UserError(f"{repo_id}: no such folder, and not loaded from the hub: {reason}") from None

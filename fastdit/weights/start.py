@@ -1,0 +1,111 @@
+"""Start a run from a trained model: what fits is taken, the rest is initialised, and one line says which is which."""
+
+import dataclasses
+
+import torch
+from fastdit_kernels.reference import REFERENCE
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdit.config import Config, ModelConfig, UserError
+from fastdit.model import DiT, named_shapes
+from fastdit.runtime.sharding import fill
+from fastdit.runtime.tensors import load_weights
+from fastdit.weights.folder import fitting, locate
+
+SHAPES = ("depth", "width", "patch", "mlp_ratio", "conv_kernel", "qk_norm")  # what the blocks are: must be the same
+HIDDEN = ("num_heads", "time_embedding", "position")  # no shape tells them, and other values give other outputs: are taken
+
+
+def adopt(config: Config, theirs: ModelConfig, source: str) -> Config:
+    """The config with what a starting model decides and no shape tells. Raises UserError where the blocks are not the same."""
+    ours = config.model
+    if wrong := [f"--model.{name} {getattr(theirs, name)}" for name in SHAPES if getattr(ours, name) != getattr(theirs, name)]:
+        raise UserError(f"--train.init_from {source} holds another architecture; it starts a run with {' '.join(wrong)}")
+    return dataclasses.replace(config, model=dataclasses.replace(ours, **{name: getattr(theirs, name) for name in HIDDEN}))
+
+
+@torch.no_grad()
+def start_from(model: DiT, source: str, config: Config) -> str:
+    """Fill an initialised model, sharded or not, from whatever `locate` finds. Returns what was taken, in one line.
+
+    Other classes: their rows of the table stay initialised. Another size: a learned position embedding is interpolated,
+    bicubically. Another number of channels: those that both have are taken. Raises UserError, before any parameter changes.
+    """
+    found = locate(source)
+    theirs = found.config.model
+    if adopt(config, theirs, source).model != config.model:
+        raise UserError(f"--train.init_from {source} has other {', '.join(HIDDEN)} than the run's config")
+    with torch.device("meta"):
+        given = fitting(DiT(theirs, REFERENCE), load_weights(found.weights)[0], source)
+    taken, notes = 0, []
+    for name, parameter in model.named_parameters():
+        whole, note = _adapt(name, given, model.initial(name, parameter.shape, config.run.seed), config.model, theirs)
+        fill(parameter, whole.to(parameter.dtype))
+        taken += not note
+        notes += [note] if note else []
+    there, here = found.config.diffusion, config.diffusion
+    if (there.kind, there.prediction) != (here.kind, here.prediction):
+        notes.append(f"it predicted {there.prediction} under {there.kind} and learns {here.prediction} under {here.kind}")
+    if found.config.data.vae != config.data.vae:
+        notes.append(
+            f"it saw latents of {found.config.data.vae or 'no autoencoder'}, this run's are of {config.data.vae or 'none'}"
+        )
+    total = len(list(named_shapes(config.model)))
+    return "; ".join([f"started from {source}: {taken} of {total} tensors taken as they are", *dict.fromkeys(notes)])
+
+
+def _adapt(name: str, given: dict[str, Tensor], initial: Tensor, ours: ModelConfig, theirs: ModelConfig) -> tuple[Tensor, str]:
+    """A parameter's starting value, and a note where it is not simply theirs. initial: its value in a run from nothing."""
+    old = given.get(name)
+    if name == "pos_embed":
+        return _positions(old, initial, ours, theirs)
+    if name == "y_embedder.weight":
+        return _classes(old, initial, ours, theirs)
+    assert old is not None, "SHAPES decides every other name"
+    channels, same = f"{theirs.channels} channels there, {ours.channels} here", min(ours.channels, theirs.channels)
+    if name == "x_embedder.weight" and ours.channels != theirs.channels:
+        whole = initial.unflatten(1, (ours.channels, -1)).clone()
+        whole[:, :same] = old.unflatten(1, (theirs.channels, -1))[:, :same]
+        return whole.flatten(1), f"{channels}: {same} taken, the rest initialised"
+    if name.startswith("final_layer.linear") and old.shape != initial.shape:
+        # Rows are (row, column, channel) of a patch; with learn_sigma its channels are the prediction's, then the variance's.
+        whole = initial.unflatten(0, (ours.patch**2, 1 + ours.learn_sigma, ours.channels)).clone()
+        old = old.unflatten(0, (theirs.patch**2, 1 + theirs.learn_sigma, theirs.channels))
+        parts = min(1 + ours.learn_sigma, 1 + theirs.learn_sigma)
+        whole[:, :parts, :same] = old[:, :parts, :same]
+        variance = {1: "the learned variance is initialised", 0: "", -1: "the learned variance is left out"}
+        note = variance[ours.learn_sigma - theirs.learn_sigma]
+        return whole.flatten(0, 2), note or f"{channels}: {same} taken, the rest initialised"
+    if name == "t_embedder.2.bias" and theirs.num_classes and not ours.num_classes:
+        table = given["y_embedder.weight"]
+        label = table[-1] if theirs.class_dropout else table.mean(0)
+        which = "the null class" if theirs.class_dropout else "their mean"
+        return old + label, f"no classes here, {theirs.num_classes:,} there: {which} is what all pictures are of"
+    return old, ""
+
+
+def _positions(old: Tensor | None, initial: Tensor, ours: ModelConfig, theirs: ModelConfig) -> tuple[Tensor, str]:
+    before, now = ([side // m.patch for side in m.input_size] for m in (theirs, ours))
+    if old is None or (ours.position == "fixed" and before != now):
+        return initial, "" if before == now else "the fixed position embedding is that of the new size"
+    if before == now:
+        return old, ""
+    grid = old.T.reshape(1, -1, *before)
+    moved = F.interpolate(grid, size=now, mode="bicubic", align_corners=False).flatten(2)[0].T
+    return moved, f"position embedding interpolated from {before[0]}×{before[1]} to {now[0]}×{now[1]} tokens"
+
+
+def _classes(old: Tensor | None, initial: Tensor, ours: ModelConfig, theirs: ModelConfig) -> tuple[Tensor, str]:
+    whole = initial.clone()
+    if old is None:
+        return whole, f"{ours.num_classes:,} classes initialised: there were none"
+    if null := bool(ours.class_dropout and theirs.class_dropout):
+        whole[-1] = old[-1]
+    if ours.num_classes == theirs.num_classes:
+        whole[: ours.num_classes] = old[: ours.num_classes]
+        return whole, "" if null or not ours.class_dropout else "the null class is initialised"
+    return (
+        whole,
+        f"{theirs.num_classes:,} classes there: {ours.num_classes:,} initialised{', the null class taken' if null else ''}",
+    )
