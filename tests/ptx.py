@@ -131,7 +131,10 @@ class Machine:
         return (lambda p: ~predicate(p)) if i.negated else predicate
 
     def assign(self, p: Programs, i: Instruction, name: str, value: Array) -> None:
-        """Set a register where the guard holds. A narrower number is extended, by its own sign where it has one."""
+        """Set a register where the guard holds. A narrower number is extended, by its own sign where it has one.
+
+        What a guard leaves unset has all bits set: a NaN, or an address that no tensor has, should anything depend on it.
+        """
         if name == "_":
             return
         width = self.kernel.widths[name.lstrip("%").rstrip("0123456789")]
@@ -139,7 +142,8 @@ class Machine:
             value = value.astype(np.dtype(f"i{width}") if value.dtype.kind == "i" else UNSIGNED[width])
         value = value.view(UNSIGNED[width])
         if i.guard is not None and not (on := self.guard(i)(p)).all():
-            value = np.where(on, value, p.registers[name])
+            unset = np.array([[256**width - 1]], np.uint64).astype(value.dtype)
+            value = np.where(on, value, p.registers.get(name, unset))
         p.registers[name] = value
 
 

@@ -1,6 +1,6 @@
 """Memory of the PTX machine (ptx.py): values, and for every 16 bits whether they exist, were written, and who touched them.
 
-A program's shared memory and a launch's global memory are the same class. 16 bits are the smallest access our kernels make.
+16 bits are the smallest access our kernels make.
 Sources: PTX ISA, "Addresses as Operands" and "Vectors as Operands" (alignment), "Memory Consistency Model" (races).
 """
 

@@ -165,6 +165,7 @@ def computed(body, threads=32, **options):
         ("cvt.rn.bf16x2.f32 %r9, 0f3F808000, 0f3F818000;", 0x3F803F82),  # ties go to even
         ("cvt.rn.f16x2.f32 %r9, 0f3F800000, 0f47800000;", 0x3C007C00),  # 65536 is beyond fp16
         ("setp.lt.u32 %p1, %r0, 99;\nmov.b32 %r9, 1;\n@!%p1 mov.b32 %r9, 2;", 1),
+        ("setp.gt.u32 %p1, %r0, 99;\n@%p1 mov.b32 %r9, 1;", 0xFFFFFFFF),
     ],
 )
 def test_an_instruction(body, expected):
