@@ -7,6 +7,7 @@ set, some minutes, and keeps the worst errors in tests/results/ptx.json.
 
 import importlib
 import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,14 @@ def bar(op, name, stream, parameter, e):
     return max(1.1 * e.reference, 1e-6)
 
 
-def meets_its_bar(errors, compiled, table, op, shape, unaligned, arch, stream, parameter):
+VARIANTS = {  # of an op: the kernel's and the reference's
+    "": lambda op: (getattr(TRITON, op), getattr(reference, op)),
+    "m alone": lambda op: [lambda f=f, **given: f(**given)[1] for f in (getattr(TRITON, op), getattr(reference, op))],
+    "exact": lambda op: (partial(getattr(TRITON, op), exact=True), getattr(reference, op)),
+}
+
+
+def meets_its_bar(errors, compiled, table, op, shape, unaligned, arch, stream, parameter, variant=""):
     inputs = INPUTS[op](shape, stream, parameter, torch.device("cpu"))
     if unaligned:
         inputs = {k: beside(v, 1) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
@@ -71,7 +79,7 @@ def meets_its_bar(errors, compiled, table, op, shape, unaligned, arch, stream, p
     over = []
     for sign in (1, -1):
         launched = compiled(arch, sign)
-        found = errors(getattr(TRITON, op), getattr(reference, op), inputs)
+        found = errors(*VARIANTS[variant](op), inputs)
         assert len(launched.launches) >= 2, launched.launches
         for name, e in found.items():
             limit = bar(op, name, stream, parameter, e)
@@ -87,6 +95,13 @@ def meets_its_bar(errors, compiled, table, op, shape, unaligned, arch, stream, p
 @pytest.mark.parametrize(("op", "shape", "unaligned"), SMALL)
 def test_compiled_code_meets_the_bar(errors, compiled, ptx_table, op, shape, unaligned, arch):
     meets_its_bar(errors, compiled, ptx_table, op, shape, unaligned, arch, BF16, BF16)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("op", "variant", "shape"), [(OPS[1], "m alone", (2, 9, 97)), (OPS[2], "exact", (1, 3, 5, 70, 3))])
+def test_what_an_op_may_leave_out_or_ask_for(errors, compiled, ptx_table, op, variant, shape, arch):
+    """After the last block nothing reads r, and no gradient arrives there; a GELU may be asked to be exact."""
+    meets_its_bar(errors, compiled, ptx_table, op, shape, False, arch, BF16, BF16, variant)
 
 
 @pytest.mark.ptx
