@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import command, train
@@ -21,6 +22,7 @@ from fastdit.data import encoding
 from fastdit.diffusion import DDPM, choose_objective
 from fastdit.optim import Optimizer
 from fastdit.runtime import ranks
+from fastdit.runtime.sharding import main_param
 from fastdit.runtime.tensors import load_weights
 from fastdit.sample import Options, sample
 
@@ -380,7 +382,8 @@ def test_a_run_starts_from_given_weights(whole, run_ranks, tmp_path, world):
 
 def built_weights(config: Config) -> dict[str, torch.Tensor]:
     model = train.build(config, ranks.init(config.parallel))
-    return {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in model.named_parameters()}
+    weights = {name: main_param(p).detach() for name, p in model.named_parameters()}
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(whole, run_ranks, tmp_path):

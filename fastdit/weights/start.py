@@ -41,7 +41,7 @@ def start_from(model: DiT, source: str, config: Config) -> str:
     taken, notes = 0, []
     for name, parameter in model.named_parameters():
         whole, note = _adapt(name, given, model.initial(name, parameter.shape, config.run.seed), config.model, theirs)
-        fill(parameter, whole.to(parameter.dtype))
+        fill(parameter, whole.float())
         taken += not note
         notes += [note] if note else []
     there, here = found.config.diffusion, config.diffusion
