@@ -31,7 +31,7 @@ def ours(size: str, device: torch.device, kernel: bool):
     def step() -> None:
         for name, p in model.named_parameters():
             p.grad = gradients[name]
-        optimizer.step(1000)
+        optimizer.step(optimizer.rates(1000))
 
     return step
 

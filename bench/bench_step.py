@@ -57,7 +57,7 @@ def training(name: str, size: str, batch: int, world, baselines, dtype: torch.dt
 
     def step() -> None:
         objective.loss(model, x0, None, 0, seen[0]).backward()
-        optimizer.step(seen[0])
+        optimizer.step(optimizer.rates(seen[0]))
         seen[0] += batch
 
     return step

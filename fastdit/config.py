@@ -137,6 +137,7 @@ class ParallelConfig:
     reshard_after_forward: bool = False  # free gathered weights between forward and backward: less memory, more traffic
     checkpoint_activations: bool = False  # recompute each block in the backward: less memory, a third more FLOPs
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: on a GPU
+    graph: Literal["auto", "on", "off"] = "auto"  # the whole step as one CUDA graph; auto: on one GPU
     threads: int = 0  # CPU threads per rank; 0: this rank's share of the cores
     timeout_minutes: float = 10.0  # a rank silent for longer in a collective ends the run
 

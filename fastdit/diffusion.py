@@ -8,7 +8,7 @@ network is fp32, and every random number is a function of (seed, image number), 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,9 +69,20 @@ class Labels:
         return target + w * (labelled.detach() - unlabelled)
 
 
-def noise_of(x0: Tensor, seed: int, first: int) -> Tensor:
-    """The noise of images first … first + B - 1 of the run, in x0's shape."""
-    return rng.normal(tuple(x0.shape[1:]), seed, "noise", first, len(x0), x0.device)
+class Drawn(NamedTuple):
+    """A batch and its random numbers: all that a loss depends on beside the network."""
+
+    x0: Tensor  # fp32 [B, C, H, W]
+    noise: Tensor  # fp32 [B, C, H, W]
+    t: Tensor  # [B], as the objective's `timesteps` returns it
+    y: Tensor | None  # int64 [B], some of them dropped
+
+
+def draw(objective: "Objective", x0: Tensor, y: Tensor | None, seed: int, first: int) -> Drawn:
+    """What images first … first + B - 1 of the run are trained on; x0 [B, C, H, W] holds them, y [B] their labels."""
+    x0 = x0.float()
+    noise = rng.normal(tuple(x0.shape[1:]), seed, "noise", first, len(x0), x0.device)
+    return Drawn(x0, noise, objective.timesteps(seed, first, len(x0)), objective.labels.drop(y, seed, first))
 
 
 def evaluate(model: Network, x_t: Tensor, t: Tensor, y: Tensor | None, channels: int) -> Tensor:
@@ -106,9 +117,12 @@ class Flow:
 
     def losses(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
         """The loss of each image, fp32 [B]; x0 [B, C, H, W] holds images first … first + B - 1 of the run, y their labels."""
-        x0, t = x0.float(), self.timesteps(seed, first, len(x0))
-        x_t, target = self.corrupt(x0, noise_of(x0, seed, first), t)
-        y = self.labels.drop(y, seed, first)
+        return self.losses_of(model, draw(self, x0, y, seed, first))
+
+    def losses_of(self, model: Network, drawn: Drawn) -> Tensor:
+        """The loss of each image of what was drawn, fp32 [B]."""
+        x0, noise, t, y = drawn
+        x_t, target = self.corrupt(x0, noise, t)
         unlabelled = self.labels.unlabelled(model, x_t, t, y)  # before the forward that keeps activations
         prediction = evaluate(model, x_t, t, y, x0.shape[1])
         loss = mean_square(prediction - self.labels.guide(target, prediction, unlabelled, y))
@@ -157,9 +171,12 @@ class DDPM:
 
     def losses(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
         """The loss of each image, fp32 [B]; x0 [B, C, H, W] holds images first … first + B - 1 of the run, y their labels."""
-        x0, t = x0.float(), self.timesteps(seed, first, len(x0))
-        x_t, target = self.corrupt(x0, noise_of(x0, seed, first), t)
-        y = self.labels.drop(y, seed, first)
+        return self.losses_of(model, draw(self, x0, y, seed, first))
+
+    def losses_of(self, model: Network, drawn: Drawn) -> Tensor:
+        """The loss of each image of what was drawn, fp32 [B]."""
+        x0, noise, t, y = drawn
+        x_t, target = self.corrupt(x0, noise, t)
         unlabelled = self.labels.unlabelled(model, x_t, t, y)  # before the forward that keeps activations
         out = evaluate(model, x_t, t, y, x0.shape[1] * (2 if self.bound else 1))
         prediction, *variance = out.chunk(2, dim=1) if self.bound else (out,)

@@ -6,7 +6,7 @@ fused kernels read, and where it is 1 they leave parameters, moments, step count
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 
 from fastdit.config import TrainConfig
+from fastdit.runtime import graph
 from fastdit.runtime.sharding import collect_gradients, local, main_param, refresh
 
 BETA1, EPS = 0.9, 1e-8
@@ -65,8 +66,7 @@ class ShardAdamW(torch.optim.AdamW):
             self.state[p]["exp_avg_sq"] = torch.zeros_like(p, requires_grad=False)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]
-        assert closure is None
+    def step(self, lr: Tensor) -> None:  # type: ignore[override]
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and local(p).numel()]
             state = [self.state[p] for p in params]
@@ -83,7 +83,7 @@ class ShardAdamW(torch.optim.AdamW):
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                lr=group["lr"],
+                lr=lr,
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
@@ -116,12 +116,6 @@ def lr_at(images_seen: int, config: TrainConfig) -> float:
         return config.lr
     rest = max(1, config.images - config.warmup_images)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (images_seen - config.warmup_images) / rest)))
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """A kernel argument, not a tensor: changing it neither waits for the device nor compiles anything."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 @torch.no_grad()
@@ -205,9 +199,8 @@ class EMA:
         return 1 - min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, step: int, found_inf: Tensor | None = None) -> None:
-        """Average the weights after optimizer step number `step` (0, 1, …) in; change nothing where found_inf is 1."""
-        weight = self.weight(step)
+    def update(self, weight: float | Tensor, found_inf: Tensor | None = None) -> None:
+        """Move the average by this share towards the weights; change nothing where found_inf is 1."""
         pairs = [(local(e), local(self.params[name])) for name, e in self.tensors.items()]
         averages = [e for e, p in pairs if e.numel()]
         weights = [p.float() for e, p in pairs if e.numel()]
@@ -277,53 +270,72 @@ class Optimizer:
         self.model, self.config, self.global_batch = model, config, global_batch
         self.adamw, self.ema = ShardAdamW(model, config), EMA(model, config.ema)
         self.spikes = Spikes(config.spike_sigma, self.adamw.skips.device) if config.spike_sigma else None
-        self.adamw_ema = None
+        self.adamw_ema: Callable[..., None] | None = None
+        self.table: Tensor | None = None
         if kernel:
-            from fastdit_kernels.adamw_ema import adamw_ema  # here: it imports triton, which only Linux has
+            from fastdit_kernels.adamw_ema import adamw_ema, addresses  # here: they import triton, which only Linux has
 
-            self.adamw_ema = adamw_ema
+            self.adamw_ema, self.address_table = adamw_ema, addresses
 
-    def step(self, images_seen: int, loss: Tensor | None = None) -> Tensor:
-        """The step on the global batch that follows `images_seen`; clears the gradients. Returns their norm, on the device.
+    def rates(self, images_seen: int) -> Tensor:
+        """The learning rate, and the weight of the average, of the step on the global batch that follows: [2] on the device.
+
+        All that a step takes from the host. fp32 where a kernel reads them, else fp64.
+        """
+        lr, weight = lr_at(images_seen + self.global_batch, self.config), self.ema.weight(images_seen // self.global_batch)
+        device = self.adamw.skips.device
+        gpu = device.type == "cuda"
+        dtype = torch.float32 if gpu or self.adamw_ema else torch.float64
+        return torch.tensor([lr, weight], dtype=dtype, pin_memory=gpu).to(device, non_blocking=True)
+
+    def step(self, rates: Tensor, loss: Tensor | None = None) -> Tensor:
+        """The step at these `rates`; clears the gradients. Returns their norm, on the device.
 
         loss: this rank's mean, by which spikes are found; without it none are.
         """
-        set_lr(self.adamw, lr_at(images_seen + self.global_batch, self.config))
+        lr, weight = rates.unbind()
         spike = self.spikes.find(loss) if self.spikes and loss is not None else None
         collect_gradients(self.model)
         norm = clip_and_check(self.adamw, self.config.grad_clip, spike)
-        step = images_seen // self.global_batch
         if self.adamw_ema is None:
-            self.adamw.step()
-            self.ema.update(step, self.adamw.found_inf)
+            self.adamw.step(lr)
+            self.ema.update(weight, self.adamw.found_inf)
         else:
-            self._one_pass(step)
+            self._one_pass(lr, weight)
         self.adamw.zero_grad()
         refresh(self.model)
         return norm
 
     @torch.no_grad()
-    def _one_pass(self, step: int) -> None:
+    def _one_pass(self, lr: Tensor, weight: Tensor) -> None:
         """AdamW's step and the average of what it makes, by one launch over all local shards."""
         assert self.adamw_ema is not None
         adamw, named = self.adamw, self.adamw.named
         adamw.steps.add_(1).sub_(adamw.found_inf)
-        self.adamw_ema(
+        lists = (
             [local(p) for p in named.values()],
             [local(p.grad) for p in named.values() if p.grad is not None],  # all have one
             [local(adamw.state[p]["exp_avg"]) for p in named.values()],
             [local(adamw.state[p]["exp_avg_sq"]) for p in named.values()],
             [local(self.ema.tensors[name]) for name in named],
-            adamw.decays,
-            adamw.steps,
-            adamw.grad_scale,
-            adamw.found_inf,
-            lr=adamw.param_groups[0]["lr"],  # of both groups
-            beta1=BETA1,
-            beta2=self.config.beta2,
-            eps=EPS,
-            weight=self.ema.weight(step),
         )
+        self.table = None
+        if graph.capturing():
+            # A graph would copy from the host memory of the capture, which is free by then: `captured` fills the table.
+            self.addresses = self.address_table(*lists)
+            self.table = torch.empty(self.addresses.shape, dtype=torch.int64, device=adamw.skips.device)
+        self.adamw_ema(
+            *lists, adamw.decays, adamw.steps, adamw.grad_scale, adamw.found_inf,
+            lr=lr, beta1=BETA1, beta2=self.config.beta2, eps=EPS, weight=weight, table=self.table,
+        )  # fmt: skip
+
+    def captured(self, succeeded: bool) -> None:
+        """After a step was captured as a graph: fill the table of addresses; or clear what a failed capture left."""
+        if not succeeded:
+            self.model.zero_grad()
+            self.adamw.zero_grad()
+        elif self.table is not None:
+            self.table.copy_(self.addresses)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a step changes, by name, sharing memory with the live tensors: what a checkpoint saves and loads in place.

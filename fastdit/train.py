@@ -22,13 +22,14 @@ from fastdit import config as configs
 from fastdit.checkpoint import Checkpoints, newest
 from fastdit.config import Config, RankError, UserError
 from fastdit.data import encoding, vae
-from fastdit.diffusion import Objective, choose_objective
+from fastdit.diffusion import Drawn, Objective, choose_objective, draw
 from fastdit.meter import Meter, summary
 from fastdit.model import DiT, choose_ops, on_kernels, residual_dtype, train_flops_per_image
 from fastdit.optim import Optimizer, lr_at
 from fastdit.planning import memory as footprint
 from fastdit.quality import evaluation
 from fastdit.runtime import ranks, sharding
+from fastdit.runtime.graph import Graphed, graphs
 from fastdit.runtime.hardware import has_bf16, peak_tflops, precision
 from fastdit.runtime.profiler import Profiler
 from fastdit.runtime.ranks import World
@@ -56,21 +57,30 @@ def step(
     config: Config,
     world: World,
     images_seen: int,
+    graph: Graphed | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on the global batch that follows `images_seen`. Returns this rank's mean loss and the gradient norm.
 
-    Nothing here waits for the device: both results stay on it.
+    Nothing here waits for the device: both results stay on it. `graph` is `update` as one CUDA graph.
     """
-    batch, accum = config.train.batch, config.train.grad_accum
-    mean_loss = torch.zeros((), device=world.device)
-    for micro in range(accum):
-        sharding.communicate(model, last=micro == accum - 1)
+    batch, drawn = config.train.batch, []
+    for micro in range(config.train.grad_accum):
         first = images_seen + (micro * world.size + world.rank) * batch  # this rank's images of the micro-step, by number
         x0, y = pack.batch(first, batch)
-        loss = objective.loss(model, x0, y if config.model.num_classes else None, config.run.seed, first) / accum
+        drawn.append(draw(objective, x0, y if config.model.num_classes else None, config.run.seed, first))
+    rates = optimizer.rates(images_seen)
+    return graph(drawn, rates) if graph else update(model, objective, optimizer, drawn, rates)
+
+
+def update(model: DiT, objective: Objective, optimizer: Optimizer, drawn: list[Drawn], rates: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward, backward and optimizer on a batch for each micro-step. Reads nothing of the host but these tensors."""
+    mean_loss = torch.zeros((), device=rates.device)
+    for number, micro in enumerate(drawn, 1):
+        sharding.communicate(model, last=number == len(drawn))
+        loss = objective.losses_of(model, micro).mean() / len(drawn)
         loss.backward()
         mean_loss += loss.detach()
-    return mean_loss, optimizer.step(images_seen, mean_loss)
+    return mean_loss, optimizer.step(rates, mean_loss)
 
 
 def says_what_fits(train: Callable[[Config], int]) -> Callable[[Config], int]:
@@ -155,9 +165,12 @@ def train(config: Config) -> int:
             state = {"images_seen": images_seen, "global_batch": batch}
             checkpoints.save(images_seen, optimizer.tensors(), state, weights=optimizer.ema.full_tensors())
 
+    graph = None
+    if graphs(config.parallel, world):
+        graph = Graphed(functools.partial(update, model, objective, optimizer), meter.say, optimizer.captured)
     signalled, waited = 0, 0.0
     while images_seen < config.train.images and not (signalled := stop.agreed()):
-        loss, grad_norm = step(model, objective, optimizer, pack, config, world, images_seen)
+        loss, grad_norm = step(model, objective, optimizer, pack, config, world, images_seen, graph)
         before, images_seen = images_seen, images_seen + batch
         meter.add(loss, grad_norm, config.train.batch * config.train.grad_accum)
         profiler.step(images_seen)

@@ -216,7 +216,7 @@ def train(folder: Path, first: int, last: int, save: bool) -> tuple[dict[str, to
     norms = []
     for step in range(first, last):
         (net(torch.ones(2, 5)) - step - dist.get_rank()).square().mean().backward()
-        norms.append(float(optimizer.step(step * 8)))
+        norms.append(float(optimizer.step(optimizer.rates(step * 8))))
         if save and step == 2:
             run.save((step + 1) * 8, optimizer.tensors(), {"step": step + 1}, optimizer.ema.full_tensors())
     run.wait()

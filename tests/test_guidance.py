@@ -212,7 +212,7 @@ def trained(config, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
         sharding.communicate(model, last=True)
         loss = training.loss(model, x0, numbers % m.num_classes, 0, first)
         loss.backward()
-        optimizer.step(step * config.train.batch * world.size, loss.detach())
+        optimizer.step(optimizer.rates(step * config.train.batch * world.size), loss.detach())
         losses.append(sum(ranks.gather(world, loss.item())) / world.size)
     weights = {name: (p.full_tensor() if world.size > 1 else p).detach() for name, p in model.named_parameters()}
     ranks.shutdown()

@@ -76,7 +76,7 @@ def allocated(config: Config) -> dict[str, int]:
     loss.backward()
     found["parameters"] = storages(local(p) for p in optimizer.adamw.named.values())
     found["gradients"] = storages(local(p.grad) for p in optimizer.adamw.named.values())
-    optimizer.step(0)
+    optimizer.step(optimizer.rates(0))
     tensors = optimizer.tensors()
     found["AdamW moments"] = storages(local(t) for n, t in tensors.items() if n.startswith("exp_avg"))
     found["EMA"] = storages(local(t) for n, t in tensors.items() if n.startswith("ema."))

@@ -55,7 +55,7 @@ def trained(fsdp: bool, accum: int, folder) -> tuple[list[float], dict[str, torc
         for micro in range(accum):
             sharding.communicate(model, last=micro == accum - 1)
             losses.append(backward(model, step * accum + micro))
-        losses.append(optimizer.step(step * 4).item())
+        losses.append(optimizer.step(optimizer.rates(step * 4)).item())
     with optimizer.ema.applied(model), torch.no_grad():
         averaged = model(torch.ones(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     with torch.no_grad():
@@ -86,7 +86,7 @@ def resumed(folder) -> tuple[torch.Tensor, torch.Tensor]:
     model = made(False)
     optimizer = Optimizer(model, TRAIN, 4)
     backward(model, 0)
-    optimizer.step(0)
+    optimizer.step(optimizer.rates(0))
     checkpoints = Checkpoints(folder, 1)
     checkpoints.save(4, optimizer.tensors(), {})
     checkpoints.wait()
