@@ -18,9 +18,8 @@ from rich.progress import track
 from torch import Tensor
 
 from fastdit import command, pictures, sampling
-from fastdit import config as configs
 from fastdit.config import Config, UserError
-from fastdit.data import encoding, vae
+from fastdit.data import classes, encoding, vae
 from fastdit.planning import memory as footprint
 from fastdit.runtime import ranks
 from fastdit.runtime.hardware import memory_bytes
@@ -65,8 +64,8 @@ def sample(options: Options) -> None:
     """Load, make this process's share, gather, write."""
     source = open_source(options)
     weights, config = source.weights, source.config
-    names = class_names(config)
-    label = None if options.label is None else class_number(str(options.label), config, names)
+    names = class_names(config, source.home)
+    label = None if options.label is None else classes.number(str(options.label), names, config.model.num_classes)
     if options.latency:
         print(latency(Sampler(weights, config, options.compile), label))
         return
@@ -113,24 +112,11 @@ def open_source(options: Options) -> Located:
     return found._replace(config=config)
 
 
-def class_names(config: Config) -> list[str]:
-    """The names of the run's classes, as its pack has them; empty where the pack is gone or knows no names."""
-    return encoding.class_names(config.data) if config.model.num_classes else []
-
-
-def class_number(label: str, config: Config, names: list[str]) -> int:
-    """The number of a class given by name or number. Raises UserError."""
-    if label in names:
-        return names.index(label)
-    if label.isdecimal() and int(label) < config.model.num_classes:
-        return int(label)
+def class_names(config: Config, home: Path) -> list[str]:
+    """The names of the run's classes: kept in `home`, else as its pack has them; empty where neither has names."""
     if not config.model.num_classes:
-        raise UserError(f"--label is {configs.plain(label)}; the model has no classes")
-    known = f" or {', '.join(names)}" if names else ""
-    raise UserError(
-        f"--label is {configs.plain(label)}; the model has classes 0 … {config.model.num_classes - 1}"
-        f"{configs.plain(known)}{configs.nearest(label, names)}"
-    )
+        return []
+    return classes.read(home) or encoding.class_names(config.data)
 
 
 def write(images: Tensor, out: Path, config: Config, options: Options, label: int | None, names: list[str]) -> Path:

@@ -288,5 +288,6 @@ def _solver(
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images of about [-1, 1], clipped to it, as uint8 on the CPU."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    """Images of about [-1, 1], clipped to it, as uint8 on the CPU: [B, 3, H, W], grey ones [B, 1, H, W] with equal channels."""
+    found = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    return found.expand(-1, 3, -1, -1) if images.shape[1] == 1 else found

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fastdit.config import RECIPES, Config, UserError, replace
-from fastdit.data import chunks, encoding
+from fastdit.data import chunks, encoding, images
 from fastdit.data import pack as packs
+from fastdit.data.decode import TRANSFORMS
 from fastdit.runtime.ranks import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -149,6 +152,115 @@ def test_progress_and_log_tell_what_happens(config, monkeypatch):
     assert lines[-1].endswith("2 skipped")
 
 
+def grey(folder: Path, but: int = -1) -> None:
+    """Make the good pictures grey, each in a mode of its own, but one."""
+    for n in GOOD:
+        (file,) = folder.glob(f"*/{n:02d}.png")
+        pixels = np.dstack([picture(n)[..., 0]] * 3)
+        pixels[3, 4, 2] ^= n == but
+        Image.fromarray(pixels if n % 2 or n == but else pixels[..., 0]).save(file)
+
+
+def test_grey_pictures_keep_one_channel(config, folder):
+    grey(folder)
+    own = replace(config, model={"channels": 1})
+    path = encoding.ensure(own, ALONE, quiet)
+    manifest = packs.verify(path)
+    assert (manifest.count, manifest.shape, manifest.image_shape) == (41, [1, 16, 24], (1, 16, 24))
+    truth = np.stack([picture(n)[..., 0] for n in GOOD])
+    assert (path / "data.bin").read_bytes()[: truth.nbytes] == truth.tobytes()
+    assert encoding.open_pack(own, ALONE, quiet).batch(0, 5).x0.shape == (5, 1, 16, 24)
+    for own in (config, replace(config, model={"channels": 3})):
+        with pytest.raises(UserError, match=r"--model\.channels is 3; the images have 1"):
+            encoding.ensure(own, ALONE, quiet)
+
+
+def test_one_coloured_pixel_is_a_picture_in_colour(config, folder):
+    grey(folder, but=21)
+    assert packs.verify(encoding.ensure(config, ALONE, quiet)).shape == [3, 16, 24]
+
+
+def test_grey_pictures_have_the_latents_they_always_had(latent_config, folder):
+    grey(folder)
+    assert packs.verify(encoding.ensure(latent_config, ALONE, quiet)).shape == [2, 6, 8, 12]
+
+
+def test_the_manifest_says_how_pictures_were_cropped(config):
+    said = {
+        crop: packs.read_manifest(encoding.ensure(replace(config, data={"crop": crop}), ALONE, quiet)).transform
+        for crop in TRANSFORMS
+    }
+    assert said == TRANSFORMS
+    assert len({encoding.folder(replace(config, data={"crop": crop}).data) for crop in TRANSFORMS}) == 3
+
+
+def test_drawn_cats_are_packed_alike_whatever_the_crop(tmp_path):
+    packed = set()
+    for crop in TRANSFORMS:
+        data = {"crop": crop, "num_images": 40, "packs": str(tmp_path / crop)}
+        path = encoding.ensure(replace(RECIPES["cats"], data=data), ALONE, quiet)
+        packed.add((path.name, *((path / name).read_bytes() for name in ("data.bin", "manifest.json"))))
+    assert len(packed) == 1
+
+
+def test_a_pack_may_be_the_path(config, tmp_path):
+    path = encoding.ensure(config, ALONE, quiet)
+    own = replace(config, data={"path": str(path), "packs": str(tmp_path / "none")})
+    assert encoding.ensure(own, ALONE, quiet) == path
+    for name in ("manifest.json", "data.bin"):
+        (path / name).chmod(0o444)
+    read = list(images.open_images(own.data).read(0, 99))
+    assert [e.label for e in read] == [n * 3 // NUM for n in GOOD]
+    for n, example in zip(GOOD, read, strict=True):
+        np.testing.assert_array_equal(example.image, picture(n))
+    with pytest.raises(UserError, match=r"holds pixels, and --data\.vae is tiny"):
+        encoding.ensure(replace(own, data={"vae": "tiny"}), ALONE, quiet)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_pack_of_latents_needs_its_vae(latent_config):
+    path = encoding.ensure(latent_config, ALONE, quiet)
+    own = replace(latent_config, data={"path": str(path)})
+    assert encoding.ensure(own, ALONE, quiet) == path
+    with pytest.raises(UserError, match=r"holds latents of .*vae; name it by --data\.vae"):
+        encoding.ensure(replace(own, data={"vae": ""}), ALONE, quiet)
+    with pytest.raises(UserError, match=r"is a pack of latents, and the images themselves are not in it"):
+        images.open_images(own.data)
+
+
+# --- what changes between two starts ---
+
+
+def test_what_changed_is_said(config, latent_config, folder, tmp_path):
+    def identity(config: Config) -> dict[str, str]:
+        return packs.identity(packs.read_manifest(encoding.ensure(config, ALONE, quiet)))
+
+    before, latents = identity(config), identity(latent_config)
+    moved = replace(config, data={"path": str(folder.rename(tmp_path / "moved"))})
+    assert packs.changes(before, identity(moved)) == []
+    Image.fromarray(picture(99)).save(tmp_path / "moved" / "class1" / "99.png")
+    assert packs.changes(before, identity(moved)) == ["images: 41 before, 42 now"]
+    (tmp_path / "moved" / "class1" / "99.png").unlink()
+    (tmp_path / "moved" / "class0" / "00.png").write_bytes((tmp_path / "moved" / "class0" / "01.png").read_bytes())
+    assert packs.changes(before, identity(moved)) == ["the pictures, their labels or their order"]
+    (tmp_path / "moved" / "another").mkdir()
+    Image.fromarray(picture(0)).save(tmp_path / "moved" / "another" / "0.png")
+    assert packs.changes(before, identity(replace(moved, model={"num_classes": 4}))) == [
+        "images: 41 before, 42 now",
+        "classes: 3 (class0, class1, class2) before, 4 (another, class0, class1, class2) now",
+    ]
+    Path(moved.data.path).rename(folder)
+    Image.fromarray(picture(0)).save(folder / "class0" / "00.png")
+    (folder / "another" / "0.png").unlink()
+    (folder / "another").rmdir()
+    weights = Path(latent_config.data.vae) / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.startswith("decoder"))  # the moments are those they were
+    save_file({**tensors, name: tensors[name] + 1}, weights, metadata={"format": "pt"})
+    [line] = packs.changes(latents, identity(latent_config))
+    assert line == f"VAE: {latents['VAE']} before, {identity(latent_config)['VAE']} now"
+
+
 # --- ranks and kills ---
 
 
@@ -241,6 +353,88 @@ def test_a_folder_of_nothing_but_damage_fails(config, folder):
         file.write_bytes(bytes([n]))
     with pytest.raises(UserError, match="43 of 43 images cannot be used"):
         encoding.ensure(replace(config, data={"max_bad": 1.0}), ALONE, quiet)
+
+
+@pytest.mark.parametrize("left", ["nothing", "a part"])
+def test_a_chunk_whose_rows_are_gone_is_encoded_anew(config, tmp_path, monkeypatch, left):
+    """Its NUMBER.json is there and says that it is whole."""
+    truth, _ = encode(replace(config, data={"packs": str(tmp_path / "whole")}), 10)
+    monkeypatch.setattr(chunks, "join", None)
+    with pytest.raises(TypeError):
+        encode(config, 10)
+    monkeypatch.undo()
+    (chunk,) = Path(config.data.packs).glob("*.partial/0000002.bin")
+    if left == "nothing":
+        chunk.unlink()
+    else:
+        os.truncate(chunk, 100)
+    assert encode(config, 10) == (truth, 1)
+
+
+@pytest.mark.parametrize("there", ["5", "[]", "null", '{"bytes": 0}', "[" * 100_000])
+def test_a_commit_that_says_nothing_is_written_anew(config, tmp_path, there):
+    truth, _ = encode(replace(config, data={"packs": str(tmp_path / "whole")}), 10)
+    staging = chunks.staging_of(encoding.folder(config.data))
+    staging.mkdir(parents=True)
+    (staging / "0000000.bin").touch()
+    (staging / "0000000.json").write_text(there)
+    assert encode(config, 10) == (truth, 5)
+
+
+def test_a_full_disk_names_the_file(config, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")  # as the system says it: without a name
+
+    def opened(path: Path, mode: str = "r", *rest, **options):
+        return Full(str(path), mode) if mode == "wb" else open_file(path, mode, *rest, **options)
+
+    open_file = Path.open
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(UserError, match=r"partial/0000000\.bin\S*: No space left on device"):
+        encoding.ensure(config, ALONE, quiet)
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_fewer_images_than_ranks(tmp_path, run_ranks, num):
+    (tmp_path / "few").mkdir()
+    for n in range(num):
+        Image.fromarray(np.full((16, 24, 3), 7, np.uint8)).save(tmp_path / "few" / f"{n}.png")  # constant pictures, too
+    data = {"path": str(tmp_path / "few"), "image_size": (16, 24), "packs": str(tmp_path / "packs")}
+    config = replace(RECIPES["cats"], data=data, model={"input_size": (16, 24), "num_classes": 0, "channels": 1})
+    found = run_ranks(4, encode, config, 2)
+    assert {digest for digest, _ in found} == {hashlib.sha256(bytes([7]) * (16 * 24 * num)).hexdigest()}
+    x0, y = encoding.open_pack(config, ALONE, quiet).batch(0, 64)
+    assert x0.shape == (64, 1, 16, 24)
+    assert (x0 == (2 * 7 - 255) / 255).all()
+    assert y is None
+
+
+def reading_only(config: Config) -> tuple[bool, float]:
+    """As a user who may read the pack's folder and not write to it: whether that is so, and the sum of a batch."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    pack = encoding.open_pack(config, ALONE, quiet)
+    found = os.access(config.data.path, os.W_OK, effective_ids=True), pack.batch(0, 41).x0.double().sum().item()
+    os.seteuid(user)
+    return found
+
+
+def test_a_pack_that_may_only_be_read_trains(config, run_ranks):
+    with tempfile.TemporaryDirectory() as shared:
+        own = replace(config, data={"packs": shared})
+        path = encoding.ensure(own, ALONE, quiet)
+        own = replace(own, data={"path": str(path)})  # by its own name, for the pictures are in a private folder
+        truth = encoding.open_pack(own, ALONE, quiet).batch(0, 41).x0.double().sum().item()
+        for file in path.iterdir():
+            file.chmod(0o444)
+        path.chmod(0o555)
+        Path(shared).chmod(0o555)
+        try:
+            assert run_ranks(1, reading_only, own) == [(False, truth)]
+        finally:
+            Path(shared).chmod(0o755)
+            path.chmod(0o755)
 
 
 def test_a_chunk_damaged_since_is_encoded_anew(config, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastdit.config import UserError
+from fastdit.config import RankError, UserError
+from fastdit.data import manifest as manifests
 from fastdit.data import pack as packs
 from fastdit.runtime import rng
 
@@ -221,6 +223,57 @@ def test_on_a_gpu_both_ways_agree_and_neither_waits_for_it(kind, request):
     ahead.close()
 
 
+@pytest.mark.parametrize("num", [1, 3])
+def test_a_batch_larger_than_the_pack_sees_images_again(tmp_path, pixels, num):
+    pack = packs.Pack(build(tmp_path / "few", pixels[:num], LABELS[:num]), CPU, SEED, hflip=False)
+    x0, y = pack.batch(5 * num, 8 * num)
+    assert sorted(y.tolist()) == sorted(LABELS[:num] * 8)
+    for epoch in range(8):
+        assert sorted(y[epoch * num : (epoch + 1) * num].tolist()) == sorted(LABELS[:num])
+    assert torch.equal(x0, (pixels[y].double() / 127.5 - 1).float())
+
+
+# --- what a pack is ---
+
+
+def test_the_identity_says_what_changed(tmp_path, pixels, moments):
+    def identity(name: str, rows, labels, **fields) -> dict[str, str]:
+        path = build(tmp_path / name, rows, labels, scale=0.5)
+        file = path / "manifest.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+        return packs.identity(packs.read_manifest(path))
+
+    names = ["black", "grey", "red", "tabby", "white"]
+    first = identity("first", pixels, LABELS, class_names=names)
+    assert packs.changes(first, identity("same", pixels, LABELS, class_names=names, dataset="moved", skipped=[])) == []
+    assert packs.changes(first, identity("fewer", pixels[:-1], LABELS[:-1], class_names=names)) == ["images: 37 before, 36 now"]
+    other = pixels.clone()
+    other[0, 0, 0, 0] ^= 1
+    assert packs.changes(first, identity("other", other, LABELS, class_names=names)) == [
+        "the pictures, their labels or their order"
+    ]
+    relabelled = identity("labels", pixels, [*LABELS[:-1], 0], class_names=names)
+    assert packs.changes(first, relabelled) == ["the pictures, their labels or their order"]
+    [line] = packs.changes(first, identity("six", pixels, [*LABELS[:-1], 5], class_names=[*names, "yellow"]))
+    assert line == "classes: 5 (black, grey, red, tabby, white) before, 6 (black, grey, red, tabby, white, yellow) now"
+    latents = identity("latents", moments, LABELS, vae_sha256="a" * 64, vae="x", class_names=names)
+    another = identity("another", moments, LABELS, vae_sha256="b" * 64, vae="x", class_names=names)
+    moved = identity("moved", moments, LABELS, vae_sha256="a" * 64, vae="y/z", class_names=names)
+    assert packs.changes(latents, moved) == []
+    assert packs.changes(latents, another) == [f"VAE: {'a' * 16} before, {'b' * 16} now"]
+    pinned = identity("pinned", pixels, LABELS, class_names=names, revision="1" * 40)
+    assert packs.changes(first, pinned) == [f"hub revision: none before, {'1' * 40} now"]
+    cropped = identity("cropped", pixels, LABELS, class_names=names, transform="centre crop")
+    assert packs.changes(first, cropped) == ["transform: none before, centre crop now"]
+
+
+@pytest.mark.parametrize("before", [{}, {"images": 5, "classes": None}, {"images": "\x1b[31m" * 400}])
+def test_an_identity_from_elsewhere_is_printable(pixel_pack, before):
+    lines = packs.changes(before, packs.identity(packs.read_manifest(pixel_pack)))
+    assert lines
+    assert all(line.isprintable() and len(line) < 1000 for line in lines)
+
+
 # --- files that lie ---
 
 
@@ -234,6 +287,37 @@ def test_a_pack_of_another_length_is_refused_by_name(latent_pack):
     file.unlink()
     with pytest.raises(UserError, match=r"data\.bin: 0 bytes"):
         packs.Pack(latent_pack, CPU, SEED)
+
+
+@pytest.mark.parametrize("device_gib", [16.0, 0.0])
+def test_a_pack_cut_short_under_a_run_is_one_line(pixel_pack, device_gib):
+    """Of a mapped file, the same would be a SIGBUS."""
+    pack = packs.Pack(pixel_pack, CPU, SEED, device_gib=device_gib, stride=8)
+    pack.batch(0, 8)
+    os.truncate(pixel_pack / "data.bin", 10)
+    with pytest.raises(RankError, match=rf"^{pixel_pack}/data\.bin was cut short while it was being read$"):
+        pack.batch(8, 72)
+    pack.close()
+
+
+def test_a_pack_replaced_under_a_run_is_read_on(pixel_pack):
+    pack, truth = packs.Pack(pixel_pack, CPU, SEED), packs.Pack(pixel_pack, CPU, SEED).batch(8, 50)
+    (pixel_pack / "data.bin").unlink()
+    assert torch.equal(pack.batch(8, 50).x0, truth.x0)
+
+
+def test_an_open_pack_lets_its_file_go(pixel_pack):
+    def opened() -> int:
+        return sum(
+            os.readlink(f"/proc/self/fd/{fd}").startswith(str(pixel_pack))
+            for fd in os.listdir("/proc/self/fd")
+            if os.path.islink(f"/proc/self/fd/{fd}")
+        )
+
+    pack = packs.Pack(pixel_pack, CPU, SEED)
+    assert opened() == 1
+    del pack
+    assert opened() == 0
 
 
 def test_every_flipped_bit_is_found(latent_pack):
@@ -288,6 +372,35 @@ MANIFESTS = {
     "labels_sha256": ["", "../" * 21 + "x", 5],
     "skipped": [[["a"]], [["a", 5]], ["ab"], "x"],
 }
+
+
+OPTIONAL = {
+    "revision": [5, None],
+    "vae_sha256": ["x", 5, "A" * 64],
+    "latent_mean": [[0.0], [0.0] * 4, "abc", [1, 2, 3], [0.0] * 3],
+    "latent_std": [[0.0] * 3, [-1.0] * 3, [float("nan")] * 3, [1.0] * 3],
+    "other": [1],
+}
+
+
+@pytest.mark.parametrize("field", OPTIONAL)
+def test_an_optional_field_with_a_wrong_value_is_refused(latent_pack, field):
+    """Latents have three channels; a mean without a deviation, and a deviation without a mean, are no statistics."""
+    file = latent_pack / "manifest.json"
+    good = json.loads(file.read_text())
+    for value in OPTIONAL[field]:
+        file.write_text(json.dumps({**good, field: value}))
+        with pytest.raises(UserError, match=r"manifest\.json: not the manifest of a pack"):
+            packs.read_manifest(latent_pack)
+
+
+def test_a_manifest_of_the_time_before_the_optional_fields_is_read(latent_pack):
+    file = latent_pack / "manifest.json"
+    old = {k: v for k, v in json.loads(file.read_text()).items() if k not in OPTIONAL}
+    file.write_text(json.dumps(old))
+    manifest = packs.read_manifest(latent_pack)
+    assert (manifest.revision, manifest.vae_sha256, manifest.latent_mean) == ("", "", [])
+    assert json.loads(manifests.write(manifest)) == old
 
 
 @pytest.mark.parametrize("field", MANIFESTS)

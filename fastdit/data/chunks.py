@@ -27,6 +27,7 @@ from fastdit.data.source import ImageSource
 
 CHUNK = 256  # images between two commits; what a kill can cost each rank
 BATCH = 64  # images the VAE is given at once
+COMMIT = {"sha256", "bytes", "shape", "labels", "skipped", "grey"}  # fields of NUMBER.json
 
 
 def staging_of(path: Path) -> Path:
@@ -58,9 +59,9 @@ def encode(source: ImageSource, autoencoder: vae.VAE | None, staging: Path, numb
     if number * CHUNK >= source.length:
         return None
     file, commit = staging / f"{number:07d}.bin", staging / f"{number:07d}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         part = json.loads(commit.read_text())
-        if file.stat().st_size == part["bytes"]:
+        if isinstance(part, dict) and part.keys() == COMMIT and file.stat().st_size == part["bytes"]:
             return part
     labels: list[int | None] = []
     skipped: list[tuple[str, str]] = []

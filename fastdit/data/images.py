@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+import torch
+
 from fastdit.config import DataConfig, UserError, plain
-from fastdit.data import cats, tables
+from fastdit.data import cats, pack, tables
 from fastdit.data.decode import SUFFIXES
 from fastdit.data.source import ImageSource, Row
 
@@ -72,7 +75,7 @@ def open_images(data: DataConfig, held_out: bool = False, threads: int = 1) -> I
     if source.kind == "cats":
         return _cats(data, held_out, threads)
     if source.kind == "pack":
-        raise UserError(f"--data.path {plain(source.path)} is a pack: its images are encoded already")
+        return _packed(data, Path(source.path).expanduser(), threads)
     if source.kind == "folder":
         root, files, refused = scan(source.path)
         parquet = [f for f in files if f[-1].lower().endswith(".parquet")]
@@ -102,6 +105,23 @@ def _cats(data: DataConfig, held_out: bool, threads: int) -> ImageSource:
 
     name = f"{num:,} {'held-out ' if held_out else ''}embedded cats"
     return ImageSource(name, num, data.image_size, True, cats.COLOURS, rows)
+
+
+def _packed(data: DataConfig, path: Path, threads: int) -> ImageSource:
+    """The images of a pack of pixels; of latents, what was encoded is gone. Raises UserError."""
+    m, opened = pack.open_data(path)
+    if m.vae:
+        raise UserError(f"--data.path {plain(path)} is a pack of latents, and the images themselves are not in it")
+    length = min(m.count, data.num_images or m.count)
+    labels = opened.read(opened.labels_start, torch.empty(m.count, dtype=torch.int64)).tolist() if m.labelled else []
+
+    def rows(start: int, stop: int) -> Iterator[Row]:
+        for i in range(start, min(stop, length)):
+            image = opened.read(i * m.row_bytes, torch.empty(m.shape, dtype=torch.uint8)).numpy().transpose(1, 2, 0)
+            yield Row(f"image {i}", np.broadcast_to(image, (*image.shape[:2], 3)), labels[i] if labels else None)
+
+    size = m.image_shape[1], m.image_shape[2]
+    return ImageSource(m.dataset, length, size, m.labelled, tuple(m.class_names), rows, threads, revision=m.revision)
 
 
 # --- a folder ---

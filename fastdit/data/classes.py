@@ -1,0 +1,49 @@
+"""classes.json of a run folder: what the classes are called, so that a picture can be asked for by name."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastdit.config import UserError, nearest, plain
+from fastdit.runtime.files import read_file
+
+FILE = "classes.json"
+LIMIT = 1 << 26  # bytes; the names of ImageNet's classes have 30,000
+
+
+def write(folder: Path, names: Sequence[str]) -> None:
+    """Keep the names of classes 0, 1, … in a folder; nothing is written where there are none. Raises OSError."""
+    if names:
+        aside = folder / f".{FILE}.{os.getpid()}.tmp"
+        aside.write_text(json.dumps(list(names), indent=0) + "\n")
+        aside.replace(folder / FILE)
+
+
+def read(folder: Path) -> list[str]:
+    """The names kept in a folder; empty where there are none. Raises UserError for a file that is no list of names."""
+    try:
+        names = json.loads(read_file(folder / FILE, LIMIT))
+        if not isinstance(names, list) or not all(type(name) is str for name in names):
+            raise ValueError("not a list of names")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{plain(folder / FILE)}: not the names of classes ({plain(error, 200)})") from None
+    return names
+
+
+def number(label: str, names: Sequence[str], num_classes: int) -> int:
+    """The class that a label names: a class by its name, or by its number. Raises UserError for what is neither.
+
+    A name comes first: of folders "1", "10" and "2", label 2 is the folder "2".
+    """
+    if label in names[:num_classes]:
+        return names.index(label)
+    if label.isascii() and label.isdecimal() and len(label) < 10 and int(label) < num_classes:
+        return int(label)
+    if not num_classes:
+        raise UserError(f"--label {plain(label)}: the model has no classes")
+    close = plain(nearest(label, names))
+    listed = f" ({plain(', '.join(names[:20]))}{', …' if len(names) > 20 else ''})" if names and not close else ""
+    raise UserError(f"--label {plain(label)}: the model has classes 0 … {num_classes - 1}{listed}{close}")
