@@ -45,5 +45,5 @@ def number(label: str, names: Sequence[str], num_classes: int) -> int:
     if not num_classes:
         raise UserError(f"--label {plain(label)}: the model has no classes")
     close = plain(nearest(label, names))
-    listed = f" ({plain(', '.join(names[:20]))}{', …' if len(names) > 20 else ''})" if names and not close else ""
+    listed = f" ({plain(', '.join(names[:20]))}{', …' if len(names) > 20 else ''})" if names else ""
     raise UserError(f"--label {plain(label)}: the model has classes 0 … {num_classes - 1}{listed}{close}")
