@@ -28,7 +28,7 @@ from fastdit.config import Config, UserError
 from fastdit.data import vae
 from fastdit.model import DiT
 from fastdit.planning import memory as footprint
-from fastdit.quality import evaluation, fid, scores
+from fastdit.quality import evaluation, features, fid, references
 from fastdit.runtime import ranks
 from fastdit.runtime.hardware import memory_bytes, precision
 from fastdit.runtime.ranks import World
@@ -110,7 +110,7 @@ def chosen(config: Config, options: Options) -> Config:
 def require(metric: str) -> None:
     """Raise UserError, one line, where a metric's packages are not installed: before a picture is made."""
     if metric in ("offline", "both"):
-        scores.require()
+        features.require()
     if metric in ("fidelity", "both"):
         fid.require()
 
@@ -229,13 +229,13 @@ def measure(
         write_npz(path, made)
         console.print(f"for the ADM suite: {path}", highlight=False, soft_wrap=True)
     if metric in ("offline", "both"):
-        judge = evaluation.open_judge(config, min(len(made), OFFLINE_NUM), world.device, options.reference or "")
+        judge = references.open_judge(config, min(len(made), OFFLINE_NUM), world.device, options.reference or "")
         found = evaluation.line(config, seen, judge, made.first(judge.num))
         evaluation.record(home, found)
         console.print(evaluation.say(found), highlight=False, soft_wrap=True)
         console.print("these figures are not comparable with published FID or KID", highlight=False)
     if metric in ("fidelity", "both"):
-        real = fid.Real(*evaluation.references(config, options.reference_num, options.reference or ""))
+        real = fid.Real(*references.references(config, options.reference_num, options.reference or ""))
         found = {
             **evaluation.how(config, seen, "fidelity", len(made), options.seed),
             "against": f"{len(real):,} images of {real.source.name}",

@@ -27,7 +27,8 @@ from fastdit.meter import Meter, summary
 from fastdit.model import DiT, choose_ops, on_kernels, residual_dtype, train_flops_per_image
 from fastdit.optim import Optimizer, lr_at
 from fastdit.planning import memory as footprint
-from fastdit.quality import evaluation
+from fastdit.quality import evaluation, references
+from fastdit.quality.scores import Judge
 from fastdit.runtime import ranks, sharding
 from fastdit.runtime.graph import Graphed, graphs
 from fastdit.runtime.hardware import has_bf16, peak_tflops, precision
@@ -311,9 +312,9 @@ def resume(checkpoints: Checkpoints, optimizer: Optimizer, batch: int) -> int:
     return images_seen
 
 
-def open_judge(config: Config, world: World) -> evaluation.Judge | None:
+def open_judge(config: Config, world: World) -> Judge | None:
     """What scores the run's pictures, on rank 0 alone."""
-    return None if world.rank else evaluation.open_judge(config, config.eval.num, world.device, config.eval.reference)
+    return None if world.rank else references.open_judge(config, config.eval.num, world.device, config.eval.reference)
 
 
 def sample_grid(model: DiT, config: Config, autoencoder: vae.VAE | None, world: World, path: Path) -> Path:

@@ -16,7 +16,7 @@ from fastdit import evaluate, pictures, sampling, train
 from fastdit.config import Config, UserError
 from fastdit.data.images import open_images
 from fastdit.evaluate import Chunks, Options
-from fastdit.quality import evaluation, fid, scores
+from fastdit.quality import evaluation, features, fid, references, scores
 from fastdit.runtime import ranks
 from fastdit.weights.folder import load_model, locate
 
@@ -45,8 +45,8 @@ def pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def run(config: Config) -> int:
-    scores.load_network = lambda device: pixels
-    scores.require = lambda: None
+    features.load_network = lambda device: pixels
+    features.require = lambda: None
     return train.train(config)
 
 
@@ -66,8 +66,8 @@ def run_killed(config: Config, after: int) -> int:
 
 def evaluated(options: Options, chunk: int = 16) -> int:
     """Evaluate, and count the pictures made on this rank."""
-    scores.load_network = lambda device: pixels
-    scores.require = lambda: None
+    features.load_network = lambda device: pixels
+    features.require = lambda: None
     evaluate.CHUNK = chunk
     make, made = sampling.make, [0]
 
@@ -112,7 +112,7 @@ def test_a_line_is_the_metric_of_the_pictures_it_says(folder):
     images = sampling.make(model, config, None, world, first=0, count=16, seed=config.run.seed)
     real = list(open_images(C.replace(config, data={"num_images": 32}).data, held_out=True).read(0, 32))
     real = torch.stack([torch.from_numpy(e.image).permute(2, 0, 1) for e in real])
-    order = torch.tensor(evaluation.rng.order(0, 3, 32).tolist())
+    order = torch.tensor(references.rng.order(0, 3, 32).tolist())
     ours, others = real[order[:16]], real[order[16:]]
     last = lines(folder)[-1]
     assert last["kid"] == pytest.approx(scores.kid(pixels(images), pixels(ours)), rel=1e-6)
@@ -130,7 +130,7 @@ def test_a_killed_run_resumes_to_the_same_lines(folder, run_ranks, tmp_path, aft
     assert lines(tmp_path / "runs" / "tiny") == lines(folder)
 
 
-def test_ranks_draw_the_pictures_one_rank_draws(folder, run_ranks, tmp_path):
+def test_ranks_make_the_pictures_one_rank_makes(folder, run_ranks, tmp_path):
     config = tiny(tmp_path, train={"batch": BATCH // 2}, eval={"every_images": 48, "num": 18})  # not a multiple of the ranks
     one = tiny(tmp_path, run={"name": "one", "folder": str(tmp_path / "runs")}, eval={"every_images": 48, "num": 18})
     assert run_ranks(1, run, one, init=False) == [0]
@@ -213,30 +213,30 @@ def test_the_metric_is_recorded_once_and_printed_with_its_floor(folder, run_rank
 
 
 def test_a_folder_of_ones_own_is_compared_with_or_the_training_images(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(scores, "load_network", lambda device: pixels)
-    monkeypatch.setattr(scores, "require", lambda: None)
+    monkeypatch.setattr(features, "load_network", lambda device: pixels)
+    monkeypatch.setattr(features, "require", lambda: None)
     cats = torch.stack([torch.from_numpy(e.image) for e in open_images(tiny(tmp_path).data).read(0, 60)])
     for i, image in enumerate(cats):
         place = tmp_path / "mine" / ("a" if i < 30 else "b") / f"{i:03d}.png"
         pictures.save_png(image.permute(2, 0, 1), place)
     (tmp_path / "mine" / "a" / "bad.png").write_bytes(b"no image")
 
-    held = evaluation.open_judge(tiny(tmp_path), 500, CPU, str(tmp_path / "mine"))
+    held = references.open_judge(tiny(tmp_path), 500, CPU, str(tmp_path / "mine"))
     assert held.against == f"30 images of {tmp_path / 'mine'}"
     assert held.floor.nearest == 0  # these are training images after all, and the floor tells
     own = tiny(tmp_path, data={"source": "folder", "path": str(tmp_path / "mine"), "num_images": 0})
-    judge = evaluation.open_judge(own, 500, CPU)
+    judge = references.open_judge(own, 500, CPU)
     assert judge.against == f"30 training images of {tmp_path / 'mine'}"
     assert judge.floor.nearest is None
     assert judge.training.shape == (60, 3, 32, 32)
     line = evaluation.line(own, 10, judge, cats.permute(0, 3, 1, 2)[:25])
     assert line["nearest_floor"] is None
     assert "nearest 0.0  on 25" in evaluation.say(line)
-    flipped = evaluation.open_judge(C.replace(own, data={"hflip": True}), 500, CPU)
+    flipped = references.open_judge(C.replace(own, data={"hflip": True}), 500, CPU)
     assert flipped.training.shape == (120, 3, 32, 32)
     few = C.replace(own, data={"num_images": 5})
     with pytest.raises(UserError, match="5 images; a comparison needs at least 12"):
-        evaluation.open_judge(few, 500, CPU)
+        references.open_judge(few, 500, CPU)
 
 
 # --- torch-fidelity ---
@@ -285,7 +285,7 @@ def test_fidelity_is_asked_for_the_published_figures(folder, run_ranks, tmp_path
     run_ranks(1, evaluated, Options(str(folder), num_images=NUM, metric="none", out=str(out)), 256, init=False)
     made = Chunks(sorted(out.glob("*/*.npy")))
     config = locate(folder).config
-    source, numbers = evaluation.references(config, 50)
+    source, numbers = references.references(config, 50)
     assert len(numbers) == 50 == len(set(numbers)) < source.length
     real = fid.Real(source, numbers)
     found = fid.fidelity(made, real, CPU, batch=13)

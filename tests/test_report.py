@@ -10,8 +10,10 @@ import pytest
 
 from fastdit import config as C
 from fastdit.config import UserError
-from fastdit.quality import evaluation
+from fastdit.quality import charts, evaluation
 from fastdit.report import Options, grids, report
+
+pytest.importorskip("matplotlib")
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 
@@ -65,8 +67,10 @@ def test_the_page_holds_the_run_and_needs_nothing_else(tmp_path):
     page = Page(text)
     links = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href", "srcset")]
     assert all(link.startswith("data:image/png;base64,") for link in links)
-    assert "url(" not in text
-    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
+    inside = [value for _, attributes in page.tags for name, value in attributes.items() if name == "xlink:href"]
+    assert all(link.startswith("#") for link in inside)
+    assert not re.search(r"url\((?!#)", text)
+    assert not re.search(r"https?://(?!www\.w3\.org/(2000/svg|1999/xlink)\")", text)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
 
     images = [base64.b64decode(a["src"].partition("base64,")[2]) for tag, a in page.tags if tag == "img"]
@@ -105,6 +109,69 @@ def test_grids_are_named_by_images_seen_alone(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     assert [images for images, _ in grids(tmp_path, 5)] == [20, 100]
     assert grids(tmp_path / "none", 5) == []
+
+
+def test_the_grids_come_first(tmp_path):
+    run = finished(tmp_path, gpu=False)
+    evaluated(run)
+    text = report(Options(str(run))).read_text()
+    assert text.index("Samples over time") < text.index("<h2>Training") < text.index("<h2>Quality") < text.index("<h2>Config")
+
+
+@pytest.mark.parametrize("linked", ["grid", "samples", "evaluations", "metrics", "config"])
+def test_no_link_in_a_run_is_followed(tmp_path, linked):
+    run = finished(tmp_path, gpu=False)
+    evaluated(run)
+    place = {
+        "grid": run / "samples" / "000001860.png",
+        "samples": run / "samples",
+        "evaluations": run / evaluation.LINES,
+        "metrics": run / "metrics.jsonl",
+        "config": run / "config.json",
+    }[linked]
+    target = tmp_path / place.name
+    if linked == "grid":
+        target.write_bytes(PNG + b"secret")
+    else:
+        place.rename(target)
+    place.symlink_to(target)
+    if linked in ("metrics", "config"):
+        with pytest.raises(UserError, match=r"metrics.jsonl: Too many levels|not a readable config"):
+            report(Options(str(run)))
+        return
+    text = report(Options(str(run))).read_text()
+    assert base64.b64encode(PNG + b"secret").decode() not in text
+    assert ("<img" in text) == (linked != "samples")
+    assert ("<h2>Quality" in text) == (linked != "evaluations")
+
+
+def test_lines_of_wrong_types_and_depth_do_not_stop_the_page(tmp_path):
+    run = finished(tmp_path, gpu=True)
+    odd = [None, True, "x", [1], {"a": 1}, 10**400, 1e308, -1e308]
+    keys = ("loss", "grad_norm", "lr", "seconds", "skipped", "j_per_img")
+    rows = [{"images": 2100, key: value} for key in keys for value in odd]
+    rows += [{"images": value, "loss": 1.0} for value in (True, "9", None, 10**400, [], -5)]
+    rows.append({"images": 2200, "skipped": "many", "seconds": [], "loss": {}})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "[" * 100_000 + '\n{"images": NaN, "loss": Infinity}\n')
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    with (run / evaluation.LINES).open("w") as file:
+        for value in odd:
+            line = {"metric": "offline", "images": 100, "kid": value, "kid_floor": value, "num": value, "against": value}
+            file.write(json.dumps(line) + "\n")
+    page = Page(report(Options(str(run))).read_text())
+    assert "2,200 of 36,000" in page.text
+    assert "steps skipped" not in page.text
+
+
+def test_without_matplotlib_one_line_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(charts, "installed", lambda: False)
+    run = finished(tmp_path, gpu=False)
+    with pytest.raises(UserError, match=r"charts are made by matplotlib: pip install 'fastdit\[eval\]'"):
+        report(Options(str(run)))
+    evaluated(run)  # an evaluation in training is kept all the same
+    assert len(evaluation.evaluations(run)) == 2
+    assert not (run / evaluation.CURVE).exists()
 
 
 def test_what_is_no_run_is_one_line(tmp_path):

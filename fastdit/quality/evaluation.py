@@ -1,7 +1,8 @@
-"""How good a run's pictures are: what they are compared with, and the figures kept beside the run as lines and curves."""
+"""How good a run's pictures are: the figures, kept beside the run as lines and curves."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,81 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdit import config as configs
 from fastdit import sampling
-from fastdit.config import Config, DataConfig, UserError
-from fastdit.data.images import ImageSource, open_images, origin
+from fastdit.config import Config, UserError
 from fastdit.data.vae import VAE
 from fastdit.model import DiT
-from fastdit.quality import charts, scores
-from fastdit.quality.scores import Scores
-from fastdit.runtime import rng
+from fastdit.quality import charts
+from fastdit.quality.scores import Judge, Scores
+from fastdit.runtime.files import read_file
 from fastdit.runtime.ranks import World, gather
 
-TRAINING = 20_000  # training images looked through for the nearest
 LINES, CURVE = "evaluations.jsonl", "evaluations.svg"
 LIMIT = 1 << 26  # bytes of evaluations.jsonl
-
-
-def real_images(config: Config, num: int, reference: str = "") -> tuple[ImageSource, bool]:
-    """About `num` images to compare with: a folder's that the user names, held-out cats, or else the training images.
-
-    And whether they are held out: whether the training set has none of them. Raises UserError.
-    """
-    d, threads = config.data, torch.get_num_threads()
-    if reference:
-        return open_images(DataConfig(path=reference, image_size=d.image_size, crop=d.crop), threads=threads), True
-    if origin(d).kind == "cats":
-        return open_images(configs.replace(config, data={"num_images": num}).data, held_out=True, threads=threads), True
-    return open_images(d, threads=threads), False
-
-
-def references(config: Config, num: int, reference: str = "") -> tuple[ImageSource, Sequence[int]]:
-    """What FID compares with, by custom: the folder that the user names, or else `num` of the training images, or all for 0."""
-    source = real_images(config, 0, reference)[0] if reference else open_images(config.data)
-    return source, subset(source, num or source.length)
-
-
-def subset(source: ImageSource, count: int) -> Sequence[int]:
-    """The numbers, ascending, of `count` images of a source, or of all: drawn at random, and the same each time."""
-    if count >= source.length:
-        return range(source.length)
-    return sorted(rng.order(0, 2, source.length)[:count].tolist())
-
-
-def read(source: ImageSource, numbers: Sequence[int]) -> Iterator[Tensor]:
-    """Those images, uint8 [3, H, W]; those that cannot be decoded are left out."""
-    runs = [numbers] if isinstance(numbers, range) else [range(n, n + 1) for n in numbers]
-    for run in runs:
-        for example in source.read(run[0], run[-1] + 1):
-            if example.image is not None:
-                yield torch.from_numpy(example.image).permute(2, 0, 1)
-
-
-class Judge(scores.Judge):
-    """A judge that knows what it compares with."""
-
-    against: str
-
-
-def open_judge(config: Config, num: int, device: torch.device, reference: str = "") -> Judge:
-    """What scores pictures against `num` real images, or half of those there are. Raises UserError."""
-    scores.require()
-    source, held_out = real_images(config, 2 * num, reference)
-    real = list(read(source, subset(source, 2 * num)))
-    if len(real) <= 2 * scores.NEIGHBOURS + 1:
-        raise UserError(f"{source.name}: {len(real)} images; a comparison needs at least {2 * scores.NEIGHBOURS + 2}")
-    # A folder's come by class: shuffled, so that both halves have all of them.
-    order = rng.order(0, 3, len(real)).tolist()
-    half = len(real) // 2
-    ours, others = (torch.stack([real[i] for i in part]) for part in (order[:half], order[half : 2 * half]))
-    trained_on = open_images(config.data, threads=torch.get_num_threads())
-    training = torch.stack([scores.shrink(image[None])[0] for image in read(trained_on, subset(trained_on, TRAINING))])
-    if config.data.hflip:
-        training = torch.cat([training, training.flip(-1)])
-    judge = Judge(ours, others, training, held_out=held_out, device=device)
-    judge.against = f"{half:,} {'' if held_out else 'training '}images of {source.name}"
-    return judge
+LARGEST = 1e100  # of a number in a line; what is larger was not measured
 
 
 def make_pictures(model: DiT, config: Config, vae: VAE | None, world: World, num: int, batch: int = 64) -> Tensor:
@@ -122,13 +60,14 @@ def how(config: Config, images_seen: int | None, metric: str, num: int, seed: in
 
 
 def record(folder: Path, found: Mapping[str, Any]) -> None:
-    """Keep a line in the folder, in place of the one that was made the same way, and draw the curve anew."""
+    """Keep a line in the folder, in place of the one made the same way; make the curve anew, where matplotlib is installed."""
     same = how_of(found)
     lines = [old for old in evaluations(folder) if how_of(old) != same]
     lines.append({**found, "time": datetime.now(UTC).isoformat(timespec="seconds")})
     lines.sort(key=lambda x: (x["metric"], x["images"] or 0))
     write(folder / LINES, "".join(json.dumps(x, allow_nan=False) + "\n" for x in lines))
-    write(folder / CURVE, charts.svg(curves(lines)))
+    if charts.installed():
+        write(folder / CURVE, charts.svg(curves(lines)))
 
 
 def how_of(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,10 +83,9 @@ def write(path: Path, text: str) -> None:
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
     """The lines kept in a run's folder; none where there are none. What is no line of ours is skipped."""
-    path = folder / LINES
     try:
-        text = path.read_text(errors="replace") if path.is_file() and path.stat().st_size <= LIMIT else ""
-    except OSError:
+        text = read_file(folder / LINES, LIMIT).decode(errors="replace")
+    except (OSError, ValueError, UserError):
         return []
     return [
         value
@@ -194,13 +132,33 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> list[charts.Chart]:
     return [chart for chart in found if chart.lines]
 
 
+def number(value: object) -> float | None:
+    """A finite number of a plausible size, whatever a line holds in its place; None for anything else."""
+    if type(value) not in (int, float):
+        return None
+    assert isinstance(value, int | float)
+    return float(value) if abs(value) < LARGEST and math.isfinite(value) else None
+
+
 def points(lines: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """(images, value) of the lines that have a number there."""
-    return [
-        (float(x["images"]), float(x[key]))
-        for x in lines
-        if isinstance(x.get(key), int | float) and isinstance(x.get("images"), int | float)
-    ]
+    pairs = [(number(x.get("images")), number(x.get(key))) for x in lines]
+    return [(images, value) for images, value in pairs if images is not None and value is not None]
+
+
+def table(lines: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """A row of names, then a row for each line, real images' own figures in brackets."""
+    lines = list(lines)
+    names = [n for n in TITLES if any(number(x.get(n)) is not None for x in lines)]
+    rows = [["images seen", *names, "pictures", "against"]]
+    for x in lines:
+        cells = []
+        for value, floor in ((number(x.get(n)), number(x.get(f"{n}_floor"))) for n in names):
+            beside = "" if floor is None else f" ({floor:.4g})"
+            cells.append("" if value is None else f"{value:.4g}{beside}")
+        seen = "" if x["images"] is None else f"{x['images']:,}"
+        rows.append([seen, *cells, str(x.get("num", "")), str(x.get("against", ""))])
+    return rows
 
 
 def scalars(found: Mapping[str, Any]) -> dict[str, float]:

