@@ -12,7 +12,7 @@ from fastdit.runtime.files import read_file
 
 LIMIT = 1 << 28  # bytes of metrics.jsonl
 
-# What the meter writes: key, title of the chart, factor, whether the axis is logarithmic, and whether the first line counts, whose
+# What the meter writes: key, title of its chart, factor, whether the axis is logarithmic, and whether the first line counts, for
 # throughput has compilation in it.
 CURVES = (
     ("loss", "loss", 1, True, True),
