@@ -9,8 +9,7 @@ all upwards or all downwards: `approximations(+1)`, `approximations(-1)`; exact 
     sqrt.approx.f32   relative 2^-23                     rcp.approx.f32     relative 2^-23
     lg2.approx.f32    absolute 2^-22 in (0.5, 2), relative 2^-22 elsewhere
 
-fma is formed in fp64 and rounded to fp32 from there: one in 2^29 is half an ulp off. add and mul with no rounding named may be
-joined by ptxas into an fma, which rounds once less; here they round as written.
+All else is exact to the bit, but that ptxas may join an add and a mul with no rounding named into an fma: one rounding less.
 """
 
 from collections.abc import Callable
@@ -37,7 +36,14 @@ class Op(NamedTuple):
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:
-    return (a.astype(np.float64) * b + c).astype(np.float32)
+    """In fp64 the product is exact. The sum is rounded to odd there, so that rounding it again, to fp32, rounds as once."""
+    product = a.astype(np.float64) * b
+    rounded = product + c
+    of_c = rounded - product
+    error = (product - (rounded - of_c)) + (c - of_c)  # exact: Knuth's two-sum
+    bits = rounded.view(np.int64)
+    odd = (bits - ((error < 0) != (rounded < 0))) | 1  # towards zero, then the last bit
+    return np.where((error != 0) & np.isfinite(rounded), odd, bits).view(np.float64).astype(np.float32)
 
 
 def shift_left(a: Array, by: Array) -> Array:

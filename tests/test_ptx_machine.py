@@ -159,6 +159,7 @@ def computed(body, threads=32, **options):
         ("mov.b32 %r8, 0x12345678;\nmov.b32 {%rs1, %rs2}, %r8;\nmov.b32 %r9, {%rs2, %rs1};", 0x56781234),
         ("mov.b32 %r8, 0xFFFF8000;\ncvt.u16.u32 %rs1, %r8;\ncvt.s32.s16 %r9, %rs1;", 0xFFFF8000),
         ("fma.rn.f32 %r9, 0f3F800001, 0f3F800001, 0fBF800002;", 0x28800000),  # (1 + 2^-23)² - (1 + 2^-22) = 2^-46
+        ("fma.rn.f32 %r9, 0f3F800001, 0f337FFFFE, 0f3F800001;", 0x3F800001),  # just under a tie, which fp64 would round onto it
         ("div.rn.f32 %r9, 0f3F800000, 0f40400000;", 0x3EAAAAAB),
         ("sqrt.rn.f32 %r9, 0f40000000;", 0x3FB504F3),
         ("cvt.rn.bf16x2.f32 %r9, 0f3F800000, 0f40000000;", 0x3F804000),
