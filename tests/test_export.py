@@ -15,6 +15,7 @@ from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, UserError
 from fastdit.convert import Options as ConvertOptions
 from fastdit.convert import convert
+from fastdit.diffusion import schedule
 from fastdit.export import Options, export, to_diffusers
 from fastdit.model import DiT
 from fastdit.runtime import rng
@@ -376,6 +377,63 @@ def test_our_pipeline_decodes_latents_and_takes_other_schedulers(make_run, autoe
     assert half.transformer.dtype == torch.bfloat16
     assert half([2], num_inference_steps=2, output_type="pt").images.isfinite().all()
     assert sorted(p.name for p in out.rglob("*.py")) == []
+
+
+VARIANCE = 0.25  # of the Gaussian data below
+
+
+def predictor(config: Config):
+    """The best epsilon for Gaussian data of deviation 0.5, off by the 2 % that a trained network is off by."""
+    alphas = schedule(config.diffusion)[1].double()
+
+    def predict(x, t, y=None):
+        signal = alphas[torch.as_tensor(t).reshape(-1)[0].long()]
+        return (0.98 * (1 - signal).sqrt() * x / (signal * VARIANCE + 1 - signal)).float()
+
+    return predict
+
+
+def deviation(pipe, predict, steps: int = 20, **options) -> float:
+    """Of what a pipeline hands to its autoencoder, when its network is `predict`."""
+    latents = []
+
+    class Answer:
+        def __init__(self, sample):
+            self.sample = sample
+
+    def decode(z, **_):
+        latents.append(z * pipe.vae.config.scaling_factor)
+        return Answer(torch.zeros(len(z), 3, 16, 16))
+
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.forward = lambda x, timestep=None, class_labels=None, **_: Answer(predict(x, timestep))
+    pipe.vae.decode = decode
+    pipe(class_labels=[0] * 16, generator=torch.Generator().manual_seed(0), num_inference_steps=steps, **options)
+    return latents[0].std().item()
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers 0.42, in its schedulers
+def test_pipelines_keep_the_deviation_of_the_data(make_run, autoencoder):
+    """Where the cosine schedule has no signal, 2 % of error fill the samples: our sampler starts above, and so do these."""
+    import diffusers
+
+    data = {"vae": str(autoencoder), "image_size": (16, 16)}
+    run, config, _ = make_run(PLAIN, data=data, diffusion={"clip_x0": False, "prediction": "epsilon"})
+    predict = predictor(config)
+    ours = sampling.sample(lambda x, t, y: predict(x, t), config.diffusion, (16, 4, 8, 8), steps=20, seed=1).std().item()
+    assert ours == pytest.approx(0.64, abs=0.03)
+
+    theirs = diffusers.DiTPipeline.from_pretrained(export(Options(str(run), format="diffusers")))
+    assert theirs.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    assert deviation(theirs, predict, guidance_scale=1.0) == pytest.approx(ours, rel=0.2)
+    theirs.scheduler.register_to_config(lambda_min_clipped=-float("inf"))  # without it
+    assert deviation(theirs, predict, guidance_scale=1.0) > 10
+
+    pipe = opened(export(Options(str(run), format="pipeline")))
+    for name in ("DPMSolverMultistep", "EulerDiscrete", "UniPCMultistep", "DEISMultistep", "DDIM", "EulerAncestralDiscrete"):
+        pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config)
+        pipe.scheduler.register_to_config(lambda_min_clipped=-float("inf"))
+        assert 0.4 < deviation(pipe, predict) < 0.7, name
 
 
 def test_our_pipeline_refuses_what_the_model_cannot_do(make_run):

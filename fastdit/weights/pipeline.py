@@ -4,7 +4,8 @@
     pipe = FastDiTPipeline.from_pretrained(folder)
     pipe(class_labels=[3, 7], num_inference_steps=20).images
 
-diffusers imports no module because a folder names it, so import this one first; no remote code is ever needed.
+With this package installed, diffusers' own DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder) opens it too: the
+folder's pipeline.py imports the class from here.
 """
 
 import inspect
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from fastdit.config import DiffusionConfig, ModelConfig
 from fastdit.model import DiT
-from fastdit.sampling import sampling_times
+from fastdit.sampling import guided_output, sampling_times
 
 # diffusers finds out how to load a component by these base classes' names in the component's module.
 __all__ = ["FastDiTModel", "FastDiTPipeline", "ModelMixin", "scheduler_of"]
@@ -77,9 +78,10 @@ class FastDiTPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """One image per label; num_images of them from a model without classes.
 
-        The steps lie where `fastdit.sampling.sampling_times` puts them if the scheduler takes a list of times, else where the
-        scheduler does. latents: the noise to start from, [B, C, rows, columns]. output_type: pil, np or pt (0 … 1, [B, 3,
-        rows, columns]). Raises ValueError.
+        The steps lie where `fastdit.sampling.sampling_times` puts them if the scheduler takes a list of times. If not, it puts
+        them into the part of the process that those would lie in. guidance_scale: of all channels; DiT's own sampler and
+        diffusers' DiTPipeline guide three of four. latents: the noise to start from, [B, C, rows, columns], of deviation 1.
+        output_type: pil, np or pt (0 … 1, [B, 3, rows, columns]). Raises ValueError.
         """
         config, device = self.transformer.dit.config, self._execution_device
         if (class_labels is None) == bool(config.num_classes):
@@ -95,18 +97,16 @@ class FastDiTPipeline(DiffusionPipeline):
         x = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device)
         if x.shape != shape:
             raise ValueError(f"latents have the shape {tuple(x.shape)}; expected {shape}")
-        labels = torch.cat([y, torch.full_like(y, config.num_classes)]) if guided and y is not None else y
+        scheduler: Any = self._scheduler_of(num_inference_steps, device)
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
 
-        self._set_times(num_inference_steps, device)
-        for t in self.progress_bar(self.scheduler.timesteps):
-            given = torch.cat([x, x]) if guided else x
-            if hasattr(self.scheduler, "scale_model_input"):
-                given = self.scheduler.scale_model_input(given, t)
-            out = self.transformer(given, t, labels).sample[:, : config.channels]  # without the learned variance
-            if guided:
-                labelled, unlabelled = out.chunk(2)
-                out = unlabelled + guidance_scale * (labelled - unlabelled)
-            x = self.scheduler.step(self._velocity(out, t, x), t, x).prev_sample
+        def network(x: Tensor, t: Any, y: Tensor | None) -> Tensor:
+            x = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            return self.transformer(x, t, y).sample
+
+        for t in self.progress_bar(scheduler.timesteps):
+            out = guided_output(network, x, t, y, guidance_scale, config.num_classes)[:, : config.channels]  # no variance
+            x = scheduler.step(self._velocity(out, t, x), t, x).prev_sample
         if self.vae is not None:
             about = self.vae.config
             x = self.vae.decode((x / about.scaling_factor + (about.get("shift_factor") or 0.0)).to(self.vae.dtype)).sample
@@ -126,19 +126,30 @@ class FastDiTPipeline(DiffusionPipeline):
         x0 = out.clamp(-1, 1) if about.get("clip_sample") else out
         return (x - x0) / (t / about.num_train_timesteps)
 
-    def _set_times(self, steps: int, device: torch.device) -> None:
-        about, takes = self.scheduler.config, inspect.signature(self.scheduler.set_timesteps).parameters
+    def _scheduler_of(self, steps: int, device: torch.device) -> SchedulerMixin:
+        """The scheduler with its times set: the pipeline's own, or a shortened copy where it takes no list of times."""
+        scheduler: Any = self.scheduler
+        about, takes = scheduler.config, inspect.signature(scheduler.set_timesteps).parameters
         timesteps, schedule = about.num_train_timesteps, about.get("beta_schedule")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # diffusers 0.42 hands NumPy a tensor the old way
-            if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
                 times = sampling_times(DiffusionConfig(kind="flow", timesteps=timesteps), steps)
-                self.scheduler.set_timesteps(sigmas=[t / timesteps for t in times], device=device)
-            elif "timesteps" in takes and schedule in typing.get_args(typing.get_type_hints(DiffusionConfig)["beta_schedule"]):
-                times = sampling_times(DiffusionConfig(beta_schedule=schedule, timesteps=timesteps), steps)
-                self.scheduler.set_timesteps(timesteps=[int(t) for t in times], device=device)
-            else:
-                self.scheduler.set_timesteps(steps, device=device)
+                scheduler.set_timesteps(sigmas=[t / timesteps for t in times], device=device)
+                return scheduler
+            if schedule not in typing.get_args(typing.get_type_hints(DiffusionConfig)["beta_schedule"]):
+                scheduler.set_timesteps(steps, device=device)
+                return scheduler
+            process = DiffusionConfig(beta_schedule=schedule, timesteps=timesteps)
+            if "timesteps" in takes:
+                scheduler.set_timesteps(timesteps=[int(t) for t in sampling_times(process, steps)], device=device)
+                return scheduler
+            # The end of squaredcos_cap_v2 holds no signal, and an error there is 20,000 times as large in x0: a copy of the
+            # scheduler whose process ends where our own sampling starts. Its t count as before.
+            end = int(sampling_times(process, 1)[0]) + 1
+            copy = type(scheduler).from_config(about, trained_betas=scheduler.betas[:end].tolist(), num_train_timesteps=end)
+            copy.set_timesteps(steps, device=device)
+            return copy
 
 
 def scheduler_of(config: DiffusionConfig) -> SchedulerMixin:
@@ -153,6 +164,8 @@ def scheduler_of(config: DiffusionConfig) -> SchedulerMixin:
         beta_schedule=config.beta_schedule,
         prediction_type=PREDICTIONS[config.prediction],
         thresholding=config.clip_x0,  # with sample_max_value 1 it clips predicted x0 to ±1
+        # Where DiTPipeline starts, which sets no times: the linear schedule ends at -5.07, squaredcos_cap_v2 at -9.9.
+        lambda_min_clipped=-5.1,
     )
     # Read by DDIM and DDPM, should a user change to them; their default would clip latents.
     scheduler.register_to_config(clip_sample=config.clip_x0)
