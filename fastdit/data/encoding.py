@@ -13,12 +13,15 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from fastdit.config import Config, DataConfig, UserError, plain
-from fastdit.data import chunks, images, vae
+from fastdit.data import chunks, images, own
+from fastdit.data import vae as autoencoders
 from fastdit.data.cats import COLOURS
 from fastdit.data.decode import TRANSFORMS
 from fastdit.data.manifest import FORMAT
@@ -26,7 +29,7 @@ from fastdit.data.pack import Batch, Manifest, Pack, read_manifest, verify
 from fastdit.data.source import ImageSource
 from fastdit.runtime.ranks import World, every, gather, once
 
-__all__ = ["Batch", "Manifest", "Pack", "ensure", "folder", "open_pack", "read_manifest", "verify"]
+__all__ = ["Batch", "Manifest", "Pack", "ensure", "folder", "open_pack", "pack_dataset", "read_manifest", "verify"]
 
 Progress = Callable[[int, int, int], None]  # images done, images in all, images skipped
 
@@ -48,7 +51,7 @@ def ensure(
     if not once(world, path.exists):
         cores = len(os.sched_getaffinity(0)) // world.local_size
         source = every(world, lambda: images.open_images(config.data, threads=max(1, cores)))
-        autoencoder = every(world, lambda: vae.load(config.data, world.device) if config.data.vae else None)
+        autoencoder = every(world, lambda: autoencoders.load(config.data, world.device) if config.data.vae else None)
         shape = every(world, lambda: row_shape(source, autoencoder))
         if autoencoder or config.model.channels != 1:  # whether pictures are grey is known at the end
             _fits(config, shape, len(source.class_names) or int(source.labelled), config.data.vae)
@@ -80,6 +83,39 @@ def class_names(data: DataConfig) -> list[str]:
         return read_manifest(folder(data)).class_names
     except (UserError, OSError):
         return []
+
+
+def pack_dataset(
+    dataset: own.Dataset,
+    folder: str | Path,
+    image_size: tuple[int, int] = (32, 32),
+    crop: Literal["center", "random", "none"] = "center",
+    vae: str | None = None,
+    class_names: Sequence[str] | None = None,
+    max_bad: float = 0.01,
+) -> Path:
+    """Pack any torch.utils.data.Dataset in a new folder, on one process; `--data.path FOLDER` then trains on it.
+
+    dataset: its items are (image, label) or an image; own.as_picture says which pictures, arrays and tensors are images. A
+        label is a number from 0, or a string of class_names. Each item is read once, in order: random augmentation is frozen.
+    image_size, crop, vae: as the settings --data.image_size, --data.crop and --data.vae.
+    class_names: what classes 0, 1, … are called; None: `dataset.classes`, where there is such a thing.
+    max_bad: share of items that may be no image; they are left out and named in the manifest.
+
+    Raises UserError, and whatever the dataset itself raises.
+    """
+    path = Path(folder).expanduser()
+    if path.exists():
+        raise UserError(f"{plain(path)} is there already; a pack is made in a new folder")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    alone = World(0, 1, 0, 1, device)
+    source = own.open_dataset(dataset, image_size, crop, class_names, threads=len(os.sched_getaffinity(0)))
+    autoencoder = autoencoders.load(DataConfig(vae=vae), device) if vae else None
+    row_shape(source, autoencoder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(chunks.staging_of(path), ignore_errors=True)  # of an earlier try, on another dataset perhaps
+    encode(source, autoencoder, alone, path, max_bad, print, None)
+    return path
 
 
 def folder(data: DataConfig) -> Path:
@@ -126,7 +162,7 @@ def _stamp(path: str) -> str:
     return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 
 
-def row_shape(source: ImageSource, autoencoder: vae.VAE | None) -> tuple[int, int, int]:
+def row_shape(source: ImageSource, autoencoder: autoencoders.VAE | None) -> tuple[int, int, int]:
     """[C, h, w] of what the network will see of a source in colour. Raises UserError for a size the VAE cannot take."""
     rows, columns = source.image_size
     if autoencoder is None:
@@ -152,7 +188,7 @@ def _fits(config: Config, shape: tuple[int, ...], num_classes: int, vae_name: st
 
 def encode(
     source: ImageSource,
-    autoencoder: vae.VAE | None,
+    autoencoder: autoencoders.VAE | None,
     world: World,
     path: Path,
     max_bad: float,
