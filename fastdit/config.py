@@ -330,8 +330,9 @@ def _validate_ranges(config: Config) -> None:
 LIMIT = 1 << 20  # bytes of config.json; a real one has thousands
 
 
-def save(config: Config, path: Path) -> None:
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+def to_json(config: Config) -> str:
+    """The text of a config.json, which `load` reads."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def load(path: Path) -> Config:

@@ -30,6 +30,7 @@ from fastdit.model import DiT
 from fastdit.planning import memory as footprint
 from fastdit.quality import evaluation, features, fid, references
 from fastdit.runtime import ranks
+from fastdit.runtime.files import atomic, write_text
 from fastdit.runtime.hardware import memory_bytes, precision
 from fastdit.runtime.ranks import World
 from fastdit.weights.folder import Located, load_model, locate
@@ -157,7 +158,7 @@ def prepare(options: Options, config: Config, found: Located, device: torch.devi
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     folder = root / f"{found.weights.stem if seen is None else f'{seen:012d}'}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pictures.json").write_text(text + "\n")
+    write_text(folder / "pictures.json", text + "\n")
     return folder
 
 
@@ -182,10 +183,8 @@ def make(
         )
         for start in range(chunk.start, chunk.stop, options.batch)
     ]
-    aside = path.with_suffix(f".tmp{world.rank}")
-    with aside.open("wb") as file:
+    with atomic(path) as file:
         np.save(file, torch.cat(parts).numpy())
-    aside.replace(path)
 
 
 class Chunks(Dataset[Tensor]):
@@ -249,13 +248,15 @@ def measure(
 def write_npz(path: Path, made: Chunks) -> None:
     """Write arr_0, uint8 [n, H, W, 3], as the ADM suite (openai/guided-diffusion) reads it, a chunk at a time."""
     shape = (len(made), *made.chunks[0].shape[2:], 3)
-    aside = path.with_suffix(".tmp")
-    with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with (
+        atomic(path) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as array,
+    ):
+        np.lib.format.write_array_header_1_0(array, header)
         for chunk in made.chunks:
-            file.write(np.ascontiguousarray(chunk.transpose(0, 2, 3, 1)).tobytes())
-    aside.replace(path)
+            array.write(np.ascontiguousarray(chunk.transpose(0, 2, 3, 1)).tobytes())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Every figure is of the interval since the line before, training only: sampling a
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.table import Column
 from torch import Tensor
 
 from fastdit.config import LogConfig
+from fastdit.runtime.files import write_text
 from fastdit.runtime.hardware import Energy, memory_gib, peak_tflops
 from fastdit.runtime.trackers import Trackers, require_wandb
 
@@ -301,10 +301,5 @@ def _keep_lines(path: Path, images: int) -> dict[str, Any] | None:
             break
         kept.append(text + "\n")
         last = line
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(path, "".join(kept))
     return last

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torchvision.utils import make_grid
 
 from fastdit.config import plain
+from fastdit.runtime.files import atomic
 
 PADDING = 2  # pixels between the pictures of a grid
 CAPTIONED = 72  # pixels that a captioned picture is wide at least, so that a class's name fits below it
@@ -49,6 +50,5 @@ def picture(image: Tensor) -> Image.Image:
 
 def _save(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    image.save(aside, format="PNG")
-    aside.replace(path)
+    with atomic(path) as file:
+        image.save(file, format="PNG")

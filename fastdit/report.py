@@ -15,8 +15,14 @@ import tyro
 from fastdit import command
 from fastdit import config as configs
 from fastdit.config import Config, UserError
+<<<<<<< HEAD
 from fastdit.quality import charts, evaluation, history
 from fastdit.runtime.files import read_file
+=======
+from fastdit.quality import charts, evaluation
+from fastdit.quality.charts import Chart, Line
+from fastdit.runtime.files import write_text
+>>>>>>> 312736d (One way to write a file: aside, synced, renamed, and an error that names it; config.json only when it changed)
 
 LIMIT_GRID = 1 << 25  # bytes of one grid
 
@@ -54,7 +60,7 @@ def report(options: Options) -> Path:
     page = html(folder.resolve().name, config, lines, evaluation.evaluations(folder), grids(folder / "samples", options.grids))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        evaluation.write(out, page)
+        write_text(out, page)
     except OSError as error:
         raise UserError(f"{out} was not written: {error.strerror or error}") from None
     return out

@@ -30,7 +30,11 @@ from fastdit.planning import memory as footprint
 from fastdit.quality import evaluation, references
 from fastdit.quality.scores import Judge
 from fastdit.runtime import ranks, sharding
+<<<<<<< HEAD
 from fastdit.runtime.graph import Graphed, graphs
+=======
+from fastdit.runtime.files import write_text
+>>>>>>> 312736d (One way to write a file: aside, synced, renamed, and an error that names it; config.json only when it changed)
 from fastdit.runtime.hardware import has_bf16, peak_tflops, precision
 from fastdit.runtime.profiler import Profiler
 from fastdit.runtime.ranks import World
@@ -294,7 +298,9 @@ def with_start(config: Config, saved: Path) -> Config:
 def start_run(config: Config, folder: Path) -> None:
     """Make the run's folder, once all that a config can get wrong has gone right. Rank 0 alone calls this."""
     folder.mkdir(parents=True, exist_ok=True)
-    configs.save(config, folder / "config.json")
+    path, text = folder / "config.json", configs.to_json(config)
+    if not path.exists() or path.read_text() != text:
+        write_text(path, text)
 
 
 def resume(checkpoints: Checkpoints, optimizer: Optimizer, batch: int) -> int:

@@ -20,7 +20,7 @@ def cli(*args: str) -> C.Config:
 def test_every_recipe_resolves_and_survives_json(name, tmp_path):
     config = cli(name)
     assert config.run.name == name
-    C.save(config, tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(C.to_json(config))
     assert C.load(tmp_path / "config.json") == config
 
 

@@ -76,7 +76,7 @@ def encode(config: Config, chunk: int, kill_at: int = -1, kill_rank: int = 0) ->
         if next(steps) == kill_at and rank == kill_rank:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def writing(path, blocks, flush=False):
+    def writing(path, blocks):
         def stepping():
             for block in blocks:
                 step()
@@ -85,7 +85,7 @@ def encode(config: Config, chunk: int, kill_at: int = -1, kill_rank: int = 0) ->
                 yield block[len(block) // 2 :]
 
         step()
-        write(path, stepping(), flush)
+        write(path, stepping())
         encoded.append(path.suffix == ".bin" and path.stem.isdigit())
 
     with pytest.MonkeyPatch.context() as patch:
@@ -309,7 +309,7 @@ def refused(config: Config, full_rank: int = -1) -> str:
     """As one rank: the line that encoding ends with. On `full_rank` the disk is full."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-    def full(path, blocks, flush=False):
+    def full(path, blocks):
         raise OSError(28, "No space left on device", str(path))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -62,7 +62,7 @@ def make_run(tmp_path):
         trained = {n: p.detach() for n, p in alive.named_parameters() if p.requires_grad}
         run = tmp_path / "tiny"
         run.mkdir()
-        C.save(config, run / "config.json")
+        (run / "config.json").write_text(C.to_json(config))
         checkpoints = Checkpoints(run / "checkpoints", 3)
         weights = {n: p.detach() for n, p in averaged.named_parameters() if p.requires_grad}
         checkpoints.save(640, {f"model.{n}": p for n, p in trained.items()}, {}, weights=weights)

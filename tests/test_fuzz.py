@@ -132,7 +132,7 @@ def test_command_lines(count, tmp_path, monkeypatch, soaked):
         except UserError as error:
             one_line(error)
             return
-        C.save(config, tmp_path / "config.json")
+        (tmp_path / "config.json").write_text(C.to_json(config))
         assert C.load(tmp_path / "config.json") == config
         (tmp_path / "config.json").unlink()
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -221,7 +222,7 @@ def test_a_kill_while_dropping_lines_loses_none(tmp_path, clock, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "replace", killed)
+    monkeypatch.setattr(os, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, resumed_images=200)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before

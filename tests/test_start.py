@@ -165,7 +165,7 @@ def test_runs_checkpoints_exports_and_files_start_alike(trained, tmp_path):
         values = {n: p.detach() + (images != 128) for n, p in theirs.named_parameters()}
         checkpoints.save(images, {f"model.{n}": p for n, p in values.items()}, {}, weights=values)
         checkpoints.wait()
-    C.save(config, run / "config.json")
+    (run / "config.json").write_text(C.to_json(config))
     (run / "checkpoints" / "000000000256").mkdir()  # incomplete
     newest = run / "checkpoints" / "000000000128"
     for kind in (source, source / "model.safetensors", run, newest, newest / "ema.safetensors"):

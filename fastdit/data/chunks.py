@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from fastdit.data.decode import TRANSFORMS, Pixels
 from fastdit.data.manifest import Manifest
 from fastdit.data.pack import normalise
 from fastdit.data.source import ImageSource
+from fastdit.runtime import files
 
 CHUNK = 256  # images between two commits; what a kill can cost each rank
 BATCH = 64  # images the VAE is given at once
@@ -86,7 +86,6 @@ def encode(source: ImageSource, autoencoder: vae.VAE | None, staging: Path, numb
         "skipped": skipped,
         "grey": autoencoder is None and all(bool((row == row[:, :1]).all()) for row in rows),
     }
-    # Not flushed to the disk: `join` compares the hash, and has a chunk that a power cut damaged encoded again.
     write(file, [content])
     write(commit, [json.dumps(part).encode()])
     return part
@@ -137,7 +136,7 @@ def join(
 
     whole = staging / "pack"
     whole.mkdir(exist_ok=True)
-    write(whole / "data.bin", content(), flush=True)
+    write(whole / "data.bin", content())
     manifest = Manifest(
         format=manifests.FORMAT,
         dataset=source.name,
@@ -158,10 +157,9 @@ def join(
         revision=source.revision,
         vae_sha256=autoencoder.sha256() if autoencoder else "",
     )
-    write(whole / "manifest.json", [manifests.write(manifest)], flush=True)
+    write(whole / "manifest.json", [manifests.write(manifest)])
     whole.rename(path)
-    _flush(path)
-    _flush(path.parent)
+    files.sync_folder(path.parent)
     shutil.rmtree(staging, ignore_errors=True)
     return manifest
 
@@ -175,24 +173,7 @@ def reject(path: Path, skipped: list[Any], total: int, max_bad: float) -> None:
     raise UserError(f"{found} ({plain('; '.join(lines[:3]))}; all in {plain(report)})")
 
 
-def write(path: Path, blocks: Iterable[bytes], flush: bool = False) -> None:
+def write(path: Path, blocks: Iterable[bytes]) -> None:
     """Write a file that appears under its name only when it is whole. Raises OSError, which names the file."""
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        with partial.open("wb") as file:
-            for block in blocks:
-                file.write(block)
-            if flush:
-                file.flush()
-                os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:  # a full disk does not say where
-        raise OSError(error.errno, os.strerror(error.errno or 0), error.filename or str(path)) from None
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with files.atomic(path) as file:
+        file.writelines(blocks)

@@ -16,7 +16,7 @@ from fastdit.data.vae import VAE
 from fastdit.model import DiT
 from fastdit.quality import charts
 from fastdit.quality.scores import Judge, Scores
-from fastdit.runtime.files import read_file
+from fastdit.runtime.files import read_file, write_text
 from fastdit.runtime.ranks import World, gather
 
 LINES, CURVE = "evaluations.jsonl", "evaluations.svg"
@@ -65,20 +65,14 @@ def record(folder: Path, found: Mapping[str, Any]) -> None:
     lines = [old for old in evaluations(folder) if how_of(old) != same]
     lines.append({**found, "time": datetime.now(UTC).isoformat(timespec="seconds")})
     lines.sort(key=lambda x: (x["metric"], x["images"] or 0))
-    write(folder / LINES, "".join(json.dumps(x, allow_nan=False) + "\n" for x in lines))
+    write_text(folder / LINES, "".join(json.dumps(x, allow_nan=False) + "\n" for x in lines))
     if charts.installed():
-        write(folder / CURVE, charts.svg(curves(lines)))
+        write_text(folder / CURVE, charts.svg(curves(lines)))
 
 
 def how_of(found: Mapping[str, Any]) -> dict[str, Any]:
     names = ("images", "metric", "num", "seed", "sampler", "steps", "guidance", "guidance_low", "guidance_high", "against")
     return {name: found.get(name) for name in names}
-
-
-def write(path: Path, text: str) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text)
-    aside.replace(path)
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:

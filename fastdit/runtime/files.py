@@ -1,15 +1,16 @@
-"""Folders that prove they are whole: every file is hashed while it is written, and SHA256SUMS, written last, lists them all.
+"""Files that are whole or absent. One file is written aside and renamed; a folder carries the hashes of its files.
 
-`sha256sum -c SHA256SUMS` says by hand what `verify` says here.
+SHA256SUMS is written last and lists every file of the folder. `sha256sum -c SHA256SUMS` checks by hand what `verify` does here.
 """
 
+import contextlib
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 SUMS = "SHA256SUMS"
 PIECE = 8 << 20  # bytes read or written at a time
@@ -114,16 +115,33 @@ def verify(folder: Path, sums: Mapping[str, str], names: Iterable[str]) -> None:
             raise ValueError(f"{name} is damaged")
 
 
-def write_atomically(path: Path, write: Callable[[Path], Written]) -> None:
-    """Give `write` a name beside `path`, then rename: `path` is the old file or the whole new one. Raises OSError."""
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write. When the block ends it is on the disk under `path`; if the block fails, `path` is as it was.
+
+    Meanwhile it is called .NAME.PID.tmp and lies beside `path`. No link is followed. Raises OSError, which names `path`.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(aside)
+        aside.unlink(missing_ok=True)  # a killed process of the same number left it
+        with open(os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.rename(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(aside)):
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None  # a full disk does not say where
         raise
-    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file by `atomic`."""
+    with atomic(path) as file:
+        file.write(text.encode())
 
 
 def _open(path: Path) -> int:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.tensor import DTensor, Replicate
 
 from fastdit.config import UserError
-from fastdit.runtime.files import Written, write_atomically, write_file
+from fastdit.runtime.files import Written, atomic, write_file
 
 DTYPES = {
     torch.float64: "F64",
@@ -41,6 +41,11 @@ LIMIT = 16 << 20  # bytes of that; a real one has thousands
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Written:
     """Write CPU tensors as one new safetensors file. Raises OSError, or ValueError for a dtype the format lacks."""
+    return write_file(path, safetensors_bytes(tensors, metadata))
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, tensor by tensor. Raises ValueError for a dtype the format lacks."""
     names = sorted(tensors, key=lambda n: -tensors[n].element_size())  # so that every tensor is aligned to its element
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
@@ -53,21 +58,18 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         start = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-
-    def pieces() -> Iterator[bytes | memoryview]:
-        yield len(encoded).to_bytes(8, "little") + encoded
-        for name in names:
-            # as_strided, since a dimension of size 1 may keep any stride and still count as contiguous.
-            t = tensors[name].detach().contiguous()
-            yield t.as_strided((t.numel(),), (1,)).view(torch.uint8).numpy().data
-
-    return write_file(path, pieces())
+    yield len(encoded).to_bytes(8, "little") + encoded
+    for name in names:
+        # as_strided, since a dimension of size 1 may keep any stride and still count as contiguous.
+        t = tensors[name].detach().contiguous()
+        yield t.as_strided((t.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write CPU tensors as one safetensors file; what was at `path` stays until the new file is whole. Raises UserError."""
     try:
-        write_atomically(Path(path), lambda aside: write_safetensors(aside, tensors, {"format": "pt", **(metadata or {})}))
+        with atomic(Path(path)) as file:
+            file.writelines(safetensors_bytes(tensors, {"format": "pt", **(metadata or {})}))
     except OSError as error:
         raise UserError(f"{path} was not written: {error.strerror or error}") from None
 

@@ -17,6 +17,7 @@ from fastdit import checkpoint
 from fastdit import config as configs
 from fastdit.config import Config, UserError, plain
 from fastdit.model import DiT, choose_ops, residual_dtype
+from fastdit.runtime.files import write_text
 from fastdit.runtime.hardware import compute_dtype
 from fastdit.runtime.ranks import World
 from fastdit.runtime.tensors import load_weights, save_weights
@@ -162,7 +163,7 @@ def save_folder(folder: Path, tensors: dict[str, Tensor], run: Config, metadata:
     """Write weights, on the CPU, and the config that says what they are. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        configs.save(run, folder / CONFIG)
+        write_text(folder / CONFIG, configs.to_json(run))
     except OSError as error:
         raise UserError(f"{folder} was not written: {error.strerror or error}") from None
     save_weights(folder / WEIGHTS, tensors, metadata)
