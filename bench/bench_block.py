@@ -37,8 +37,8 @@ class Modulated(nn.Module):
         self.block = Block(model, choose_ops(config, device))
         self.adaLN_modulation = nn.Linear(model.width, 6 * model.width)
 
-    def forward(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        return self.block(x, y, self.adaLN_modulation(F.silu(c)).view(len(c), 6, -1))
+    def forward(self, x: Tensor, m: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return self.block(x, m, self.adaLN_modulation(F.silu(c)).view(len(c), 6, -1))
 
 
 def both_ways(block: nn.Module, inputs: tuple[Tensor, ...], compiled: bool):
@@ -58,11 +58,11 @@ def calls(size: str, B: int, device: torch.device, dtype: torch.dtype, baselines
     """Ours and the seed's, eager and compiled, by name."""
     _, D, num_heads = SIZES[size]
     with torch.device(device):
-        x, y = (torch.randn(B, T, D, dtype=dtype, requires_grad=True) for _ in range(2))
+        x, m = (torch.randn(B, T, D, dtype=dtype, requires_grad=True) for _ in range(2))
         c = torch.randn(B, D, dtype=dtype, requires_grad=True)
         ours = Modulated(size, device, **options).to(dtype)
         seed = baselines.PlainBlock(D, num_heads, (16, 16), conv=True).to(dtype)
-    named = (("fastdit", ours, (x, y, c)), (SEED, seed, (x, c)))
+    named = (("fastdit", ours, (x, m, c)), (SEED, seed, (x, c)))
     return {name + how: both_ways(block, given, bool(how)) for name, block, given in named for how in ("", COMPILED)}
 
 

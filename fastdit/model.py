@@ -76,7 +76,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """An adaLN-Zero block. Its last residual is carried: the update y it returns is gated and added by the next norm."""
+    """An adaLN-Zero block, from one norm's output to the next one's, so that each gated residual is one op with its norm.
+
+    All blocks have this one signature: the compiler then makes one graph for all of them.
+    """
 
     recompute = False  # the activations in the backward, instead of keeping them
 
@@ -86,37 +89,34 @@ class Block(nn.Module):
         self.attn = Attention(config, ops)
         self.mlp = DepthwiseMLP(config, ops) if config.conv_kernel else MLP(config)
 
-    def forward(self, x: Tensor, y: Tensor | None, modulation: Tensor) -> tuple[Tensor, Tensor]:
-        """x and the carried update y [B, T, D] (None in the first block), and modulation [B, 6, D]: the carried update's gate,
-        then shift and scale before attention, its gate, shift and scale before the MLP. The first block has no carried gate:
-        [B, 5, D]. Returns x and the MLP's update, not yet gated or added.
+    def forward(self, x: Tensor, m: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, D], and m [B, T, D], which is x normed and modulated for attention. Returns both for the next block.
+
+        modulation [B, 6, D]: attention's gate; the MLP's shift, scale and gate; shift and scale of the norm that follows, the
+        next block's or the final layer's.
         """
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, x, y, modulation, use_reentrant=False)
-        return self._run(x, y, modulation)
+            return checkpoint(self._run, x, m, modulation, use_reentrant=False)
+        return self._run(x, m, modulation)
 
-    def _run(self, x: Tensor, y: Tensor | None, modulation: Tensor) -> tuple[Tensor, Tensor]:
-        *carried, shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp = modulation.unbind(1)
+    def _run(self, x: Tensor, m: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        gate_msa, shift_mlp, scale_mlp, gate_mlp, shift_next, scale_next = modulation.unbind(1)
         dtype = modulation.dtype  # what attention and MLP compute in; x may be kept wider; where it is not, no `to` copies
-        if y is None:
-            m = self.ops.ln_modulate(x, shift_msa, scale_msa)
-        else:
-            x, m = self.ops.gate_residual_ln_modulate(x, y.to(x.dtype), carried[0], shift_msa, scale_msa)
-        x, m = self.ops.gate_residual_ln_modulate(x, self.attn(m.to(dtype)).to(x.dtype), gate_msa, shift_mlp, scale_mlp)
-        return x, self.mlp(m.to(dtype))
+        y = self.attn(m.to(dtype)).to(x.dtype)
+        x, m = self.ops.gate_residual_ln_modulate(x, y, gate_msa, shift_mlp, scale_mlp)
+        y = self.mlp(m.to(dtype)).to(x.dtype)
+        return self.ops.gate_residual_ln_modulate(x, y, gate_mlp, shift_next, scale_next)
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, config: ModelConfig, ops: Ops):
+    """Its norm and modulation are the last block's last op."""
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.ops = ops
         self.linear = nn.Linear(config.width, config.patch**2 * out_channels(config))
 
-    def forward(self, x: Tensor, y: Tensor, modulation: Tensor) -> Tensor:
-        """modulation [B, 3, D]: the carried update's gate, then this layer's own shift and scale."""
-        gate, shift, scale = modulation.unbind(1)
-        m = self.ops.gate_residual_ln_modulate(x, y.to(x.dtype), gate, shift, scale)[1]
-        return self.linear(m.to(modulation.dtype))
+    def forward(self, m: Tensor) -> Tensor:
+        return self.linear(m)
 
 
 class DiT(nn.Module):
@@ -127,7 +127,7 @@ class DiT(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops, residual: torch.dtype | None = None):
         super().__init__()
-        self.config, self.residual = config, residual
+        self.config, self.ops, self.residual = config, ops, residual
         self.run: Config | None = None  # of the run that trained it, where it was loaded
         D, L = config.width, config.depth
         rows, columns = (side // config.patch for side in config.input_size)
@@ -140,7 +140,7 @@ class DiT(nn.Module):
         # One projection makes every block's six vectors and the final layer's two: they all read the same SiLU(c).
         self.adaLN_modulation = nn.Linear(D, (6 * L + 2) * D)
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(L))
-        self.final_layer = FinalLayer(config, ops)
+        self.final_layer = FinalLayer(config)
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
         """The modulation of all blocks, [B, 6·L + 2, D], from timesteps t [B] and labels y [B] (None: unconditional)."""
@@ -166,12 +166,12 @@ class DiT(nn.Module):
             # After the patches, so that in the backward the modulation's gradient is whole, and on its way, before theirs.
             # Not self.condition: FSDP hooks that one, and hooks within hooks would free the weights and gather them twice.
             modulation = DiT.condition(self, t, y)
-        # A block's last gate is read by whoever finishes its residual: the next block, or the final layer.
-        *per_block, last = modulation.split([5] + [6] * (self.config.depth - 1) + [3], dim=1)
-        update = None
+        # Two rows for the first norm. Then six a block, of which the last two are for the norm that follows.
+        first, *per_block = modulation.split([2] + [6] * self.config.depth, dim=1)
+        m = self.ops.ln_modulate(h, *first.unbind(1))
         for block, vectors in zip(self.blocks, per_block, strict=True):
-            h, update = block(h, update, vectors)
-        out = self.final_layer(h, update, last).float()
+            h, m = block(h, m, vectors)
+        out = self.final_layer(m.to(modulation.dtype)).float()
         return unpatchify(out, self.config)
 
     def fixed(self) -> dict[str, Tensor]:

@@ -152,8 +152,8 @@ def test_the_models_own_block_compiles_whole_with_every_kernel(device):
         if compile:
             block.compile(fullgraph=True)
         leaf = packed[:, 5:11].detach().requires_grad_()  # strided: rows 5 to 10 of 14
-        out, update = block(x, y, leaf)
-        (out.square().mean() + update.square().mean()).backward()
-        results.append([out, update, leaf.grad, *(p.grad for p in block.parameters())])
+        out, m = block(x, y, leaf)
+        (out.square().mean() + m.square().mean()).backward()
+        results.append([out, m, leaf.grad, *(p.grad for p in block.parameters())])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
