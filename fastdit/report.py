@@ -15,14 +15,8 @@ import tyro
 from fastdit import command
 from fastdit import config as configs
 from fastdit.config import Config, UserError
-<<<<<<< HEAD
 from fastdit.quality import charts, evaluation, history
-from fastdit.runtime.files import read_file
-=======
-from fastdit.quality import charts, evaluation
-from fastdit.quality.charts import Chart, Line
-from fastdit.runtime.files import write_text
->>>>>>> 312736d (One way to write a file: aside, synced, renamed, and an error that names it; config.json only when it changed)
+from fastdit.runtime.files import read_file, write_text
 
 LIMIT_GRID = 1 << 25  # bytes of one grid
 

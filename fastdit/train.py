@@ -30,11 +30,8 @@ from fastdit.planning import memory as footprint
 from fastdit.quality import evaluation, references
 from fastdit.quality.scores import Judge
 from fastdit.runtime import ranks, sharding
-<<<<<<< HEAD
-from fastdit.runtime.graph import Graphed, graphs
-=======
 from fastdit.runtime.files import write_text
->>>>>>> 312736d (One way to write a file: aside, synced, renamed, and an error that names it; config.json only when it changed)
+from fastdit.runtime.graph import Graphed, graphs
 from fastdit.runtime.hardware import has_bf16, peak_tflops, precision
 from fastdit.runtime.profiler import Profiler
 from fastdit.runtime.ranks import World
