@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import os
 import re
@@ -9,13 +10,28 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
-from fastdit.config import RECIPES, Config, RankError, UserError, nearest, replace, validate
+from fastdit.config import RECIPES, Config, RankError, UserError, derive, nearest, plain, replace, validate
+from fastdit.runtime.run import CONFIG, load_config
 
 T = TypeVar("T")
+
+
+COMMON: tuple[str, ...] = (
+    "data.path",
+    "data.image_size",
+    "data.vae",
+    "train.images",
+    "train.batch",
+    "train.lr",
+    "model.width",
+    "model.depth",
+)
+COMMON += ("model.patch", "run.name", "run.fresh", "sample.steps", "parallel.precision", "log.save_every")
 
 
 def parse(argv: Sequence[str], prog: str, description: str) -> Config:
@@ -23,30 +39,68 @@ def parse(argv: Sequence[str], prog: str, description: str) -> Config:
     args = list(argv)
     recipe = args.pop(0) if args and not args[0].startswith("-") else "cats"
     if recipe not in RECIPES:
-        raise UserError(f"unknown recipe {recipe!r}{nearest(recipe, RECIPES)}; recipes: {', '.join(RECIPES)}")
-    usage = f"{description}\n\n{prog} [RECIPE] [--group.field VALUE …]    recipes: {', '.join(RECIPES)} (default cats)"
-    config = parse_args(Config, args, prog, usage, default=RECIPES[recipe])
-    if not config.run.name:
-        config = replace(config, run={"name": recipe})
+        raise UserError(f"unknown recipe {plain(recipe)!r}{nearest(recipe, RECIPES)}; recipes: {', '.join(RECIPES)}")
+    return _settings(args, prog, description, RECIPES[recipe])
+
+
+def parse_run(argv: Sequence[str], prog: str, description: str) -> tuple[Config, bool]:
+    """As `parse`, or with a run's folder for the recipe: then the run's own config is what the options change, on purpose.
+
+    Returns the config, and whether a run's folder was named. Raises UserError.
+    """
+    first = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    if first is None or argv[0] in RECIPES or not first.is_dir():
+        return parse(argv, prog, description), False
+    if not (first / CONFIG).is_file():
+        raise UserError(f"{plain(first)} holds no {CONFIG}: it is not the folder of a run")
+    folder = first.absolute()
+    saved = load_config(first / CONFIG)
+    saved = replace(saved, run={"name": folder.name, "folder": os.path.relpath(folder.parent), "fresh": False})
+    return _settings(list(argv[1:]), prog, description, saved), True
+
+
+def _settings(args: list[str], prog: str, description: str, default: Config) -> Config:
+    usage = f"{description}\n\n{prog} [RECIPE | RUN] [--group.field VALUE …]\nrecipes: {', '.join(RECIPES)}; by default cats"
+    if args and args[0] in ("--help", "-h") and args[1:] != ["all"]:
+        print(_short_help(usage, prog, default))
+        raise SystemExit(0)
+    if args[:1] == ["--help"]:
+        args = ["--help"]
+    config = derive(parse_args(Config, args, prog, usage, default=default), default)
     validate(config)
     return config
 
 
+def _short_help(usage: str, prog: str, default: Config) -> str:
+    """One screen: the settings that most people change, and three examples."""
+    lines = []
+    for name in COMMON:
+        group, _, leaf = name.partition(".")
+        settings = getattr(default, group)
+        [said] = re.findall(rf"^    {leaf}: .*?  # (.*)$", inspect.getsource(type(settings)), re.MULTILINE)
+        value = getattr(settings, leaf)
+        shown = "" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        lines.append(f"  --{name:<20} {shown:<9} {said}")
+    examples = (
+        f"  {prog:<34} drawn cats, within minutes, on any machine",
+        f"  {prog} --data.path ~/pictures    a folder of pictures; its sub-folders are the classes",
+        f"  {prog} runs/cats --train.images 72000    go on with a run, for longer",
+    )
+    return "\n".join([usage, "", *lines, "", *examples, "", "--help all lists every setting. --lr finds --train.lr."])
+
+
 def parse_args(cls: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
-    """A dataclass from --field arguments, by tyro. Raises UserError, one line, naming the nearest valid field."""
-    names = set(_option_names(cls))
-    for arg in argv:
-        if arg.startswith("--") and arg != "--help":
-            name = arg[2:].partition("=")[0].replace("-", "_")
-            head, _, tail = name.rpartition(".")
-            plain = f"{head}.{tail.removeprefix('no_')}" if head else tail.removeprefix("no_")
-            if name not in names and plain not in names:
-                raise UserError(f"unknown option --{name}{nearest(name, names, '--')}")
+    """A dataclass from --field arguments, by tyro. Raises UserError, one line, naming the nearest valid field.
+
+    A field may be named by its last part alone, --lr for --train.lr, where no other ends like it.
+    """
+    names = _option_names(cls)
+    given = [_whole_name(arg, names) if arg.startswith("--") and arg != "--help" else arg for arg in argv]
     out = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(out):
-            return tyro.cli(cls, args=list(argv), prog=prog, description=description, use_underscores=True, **options)
+            return tyro.cli(cls, args=given, prog=prog, description=description, use_underscores=True, **options)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -56,13 +110,29 @@ def parse_args(cls: type[T], argv: Sequence[str], prog: str, description: str, d
         raise UserError(" ".join(inside.replace("│", " ").split())) from None
 
 
+def _whole_name(arg: str, names: Sequence[str]) -> str:
+    """--lr=1 → --train.lr=1. Raises UserError for an option that there is not."""
+    name, equals, value = arg[2:].partition("=")
+    name = name.replace("-", "_")
+    head, _, tail = name.rpartition(".")
+    positive = f"{head}.{tail.removeprefix('no_')}" if head else tail.removeprefix("no_")
+    if name in names or positive in names:
+        return arg
+    ending = [whole for whole in names if whole.rpartition(".")[2] == positive] if not head else []
+    if len(ending) == 1:
+        whole = ending[0].removesuffix(positive) + name
+        return f"--{whole}{equals}{value}"
+    if ending:
+        raise UserError(f"--{plain(name)} may be {' or '.join('--' + whole for whole in ending)}")
+    raise UserError(f"unknown option --{plain(name)}{nearest(name, names, '--')}")
+
+
 def chosen(config: Config, options: Any, **groups: dict[str, Any]) -> Config:
     """A run's config with what a verb's options change of its sampling; those left at None change nothing.
 
     Raises UserError for what does not go together.
     """
-    changes = {name: getattr(options, name) for name in ("sampler", "steps", "guidance")}
-    changes["guidance_low"], changes["guidance_high"] = options.guidance_interval or (None, None)
+    changes = {name: getattr(options, name) for name in ("sampler", "steps", "guidance", "guidance_interval")}
     config = replace(
         config,
         sample={name: value for name, value in changes.items() if value is not None},
@@ -75,11 +145,14 @@ def chosen(config: Config, options: Any, **groups: dict[str, Any]) -> Config:
 
 
 def _option_names(cls: type, prefix: str = "") -> list[str]:
+    """The names of the settings that a command line takes: those that are not `Derived`."""
     names = []
+    hints = typing.get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
-        nested = typing.get_type_hints(cls)[f.name]
-        if dataclasses.is_dataclass(nested):
-            names += _option_names(typing.cast(type, nested), f"{prefix}{f.name}.")
+        if tyro.conf.Suppress in typing.get_args(hints[f.name]):
+            continue
+        if dataclasses.is_dataclass(hints[f.name]):
+            names += _option_names(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
         else:
             names.append(prefix + f.name)
     return names

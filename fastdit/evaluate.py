@@ -148,7 +148,7 @@ def prepare(options: Options, config: Config, found: Located, device: torch.devi
         "weights": digest(found.weights),
         "seed": options.seed,
         "precision": precision(options.precision, device),
-        "vae": [config.data.vae, config.data.vae_revision],
+        "vae": config.data.vae,
         **{group: dataclasses.asdict(getattr(config, group)) for group in ("model", "diffusion", "sample")},
     }
     del follows_from["sample"]["num"]

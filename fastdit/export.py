@@ -26,6 +26,7 @@ from fastdit.config import Config, ModelConfig, UserError
 from fastdit.data import vae
 from fastdit.model import DiT
 from fastdit.runtime.files import read_sums, verify
+from fastdit.runtime.run import load_config
 from fastdit.runtime.tensors import contents, load_weights
 from fastdit.weights import folder
 from fastdit.weights.foreign import sinusoids
@@ -96,7 +97,7 @@ def find(source: Path, weights: str) -> Trained:
     if (source / folder.WEIGHTS).is_file():
         if weights == "live":
             raise UserError(f"{source} holds one set of weights; --weights live needs a run")
-        return Trained(configs.load(source / folder.CONFIG), load_weights(source / folder.WEIGHTS)[0], source, None)
+        return Trained(load_config(source / folder.CONFIG), load_weights(source / folder.WEIGHTS)[0], source, None)
     found = sorted(source.glob("checkpoints/[0-9]*[0-9]"))
     checkpoint = found[-1] if found else source
     run = checkpoint.resolve().parents[1]
@@ -112,7 +113,7 @@ def find(source: Path, weights: str) -> Trained:
         tensors = live(checkpoint / "shards") if weights == "live" else load_weights(checkpoint / "ema.safetensors")[0]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"checkpoint {checkpoint}: {error}") from None
-    return Trained(configs.load(run / "config.json"), tensors, run, int(seen))
+    return Trained(load_config(run / "config.json"), tensors, run, int(seen))
 
 
 def live(shards: Path) -> dict[str, Tensor]:

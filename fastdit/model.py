@@ -120,14 +120,11 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The whole network. `ops` computes its fused parts.
+    """The whole network. `ops` computes its fused parts."""
 
-    residual: dtype of the residual stream; None is the parameters'.
-    """
-
-    def __init__(self, config: ModelConfig, ops: Ops, residual: torch.dtype | None = None):
+    def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
-        self.config, self.ops, self.residual = config, ops, residual
+        self.config, self.ops = config, ops
         self.run: Config | None = None  # of the run that trained it, where it was loaded
         D, L = config.width, config.depth
         rows, columns = (side // config.patch for side in config.input_size)
@@ -161,7 +158,6 @@ class DiT(nn.Module):
         """
         patches = patchify(x, self.config.patch).to(self.x_embedder.weight.dtype)
         h = self.x_embedder(patches) + self.pos_embed
-        h = h.to(self.residual or h.dtype)
         if modulation is None:
             # After the patches, so that in the backward the modulation's gradient is whole, and on its way, before theirs.
             # Not self.condition: FSDP hooks that one, and hooks within hooks would free the weights and gather them twice.
@@ -230,11 +226,6 @@ def choose_ops(config: Config, device: torch.device) -> Ops:
 def on_kernels(config: Config, device: torch.device) -> bool:
     """Whether --kernels means the Triton kernels on this device."""
     return config.kernels == "triton" or (config.kernels == "auto" and device.type == "cuda")
-
-
-def residual_dtype(config: Config) -> torch.dtype | None:
-    """What --parallel.residual means to DiT."""
-    return torch.float32 if config.parallel.residual == "fp32" else None
 
 
 def out_channels(config: ModelConfig) -> int:

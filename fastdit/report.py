@@ -13,10 +13,10 @@ from typing import Annotated, Any
 import tyro
 
 from fastdit import command
-from fastdit import config as configs
 from fastdit.config import Config, UserError
 from fastdit.quality import charts, evaluation, history
 from fastdit.runtime.files import read_file, write_text
+from fastdit.runtime.run import load_config
 
 LIMIT_GRID = 1 << 25  # bytes of one grid
 
@@ -49,7 +49,7 @@ def report(options: Options) -> Path:
         raise UserError(f"{folder} is no run folder: it holds no config.json")
     if options.grids < 1:
         raise UserError(f"--grids is {options.grids}; it must be positive")
-    config, out = configs.load(folder / "config.json"), Path(options.out or folder / "report.html")
+    config, out = load_config(folder / "config.json"), Path(options.out or folder / "report.html")
     lines = history.read(folder / "metrics.jsonl")
     page = html(folder.resolve().name, config, lines, evaluation.evaluations(folder), grids(folder / "samples", options.grids))
     try:

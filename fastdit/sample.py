@@ -125,7 +125,7 @@ def write(images: Tensor, out: Path, config: Config, options: Options, label: in
     how = f"seed{options.seed}-{s.sampler}-{s.steps}steps"
     if s.guidance != 1:
         how += f"-guidance{s.guidance:g}"
-        how += f"-{s.guidance_low:g}to{s.guidance_high:g}" if (s.guidance_low, s.guidance_high) != (0, 1) else ""
+        how += "-{:g}to{:g}".format(*s.guidance_interval) if s.guidance_interval != (0, 1) else ""
     how += f"-class{label}" if label is not None else ""
     last = options.first + len(images) - 1
     grid = out / f"{how}-{options.first}to{last}.png"

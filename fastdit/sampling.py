@@ -126,8 +126,7 @@ def x0_of(
         sampler=s.sampler,
         steps=s.steps,
         guidance=s.guidance,
-        guidance_low=s.guidance_low,
-        guidance_high=s.guidance_high,
+        guidance_interval=s.guidance_interval,
         seed=seed,
         first=first,
         device=modulations.device,
@@ -169,8 +168,7 @@ def sample(
     sampler: str = "auto",
     steps: int = 20,
     guidance: float = 1.0,
-    guidance_low: float = 0.0,
-    guidance_high: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     seed: int = 0,
     first: int = 0,
     device: torch.device | str = "cpu",
@@ -182,7 +180,7 @@ def sample(
     """Images first … first + B - 1 of a seed: x0 [B, C, H, W] fp32, in `steps` forwards.
 
     sampler: ddpm (ancestral), ddim or dpm++ (2M, arXiv 2211.01095), euler under flow; auto is dpm++ or euler. guidance other
-    than 1 runs the forwards at t from guidance_low to guidance_high of the process (arXiv 2404.07724) on twice the batch, the
+    than 1 runs the forwards at t inside guidance_interval of the process (arXiv 2404.07724) on twice the batch, the
     second half with null_class; the others run on the batch alone. modulation: what the model's `condition` returns at a time.
     on_step gets the number of forwards done and the x0 they predict. Image n is the same whatever batch or rank makes it.
     Raises ValueError for what does not go together.
@@ -212,7 +210,7 @@ def sample(
     )
     x = rng.normal(tuple(shape[1:]), seed, "sample noise", first, B, device)
     for i, time in enumerate(times):
-        guided = guidance_low <= time / config.timesteps <= guidance_high
+        guided = guidance_interval[0] <= time / config.timesteps <= guidance_interval[1]
         out = guided_output(network, x, time, y, guidance if guided else 1, null_class)
         if out.shape[1] != (2 * C if learn_sigma else C):
             raise ValueError(f"the network returned {out.shape[1]} channels; expected {2 * C if learn_sigma else C}")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from fastdit_kernels.attention import eager, sdpa
@@ -20,11 +21,12 @@ from torch import Tensor
 from fastdit import command, pictures, sampling
 from fastdit import config as configs
 from fastdit.checkpoint import Checkpoints, newest
-from fastdit.config import Config, RankError, UserError
+from fastdit.config import Config, RankError, UserError, fit
 from fastdit.data import encoding, vae
+from fastdit.data.manifest import changes, identity
 from fastdit.diffusion import Drawn, Objective, choose_objective, draw
 from fastdit.meter import Meter, summary
-from fastdit.model import DiT, choose_ops, on_kernels, residual_dtype, train_flops_per_image
+from fastdit.model import DiT, choose_ops, on_kernels, train_flops_per_image
 from fastdit.optim import Optimizer, lr_at
 from fastdit.planning import memory as footprint
 from fastdit.quality import evaluation, references
@@ -35,6 +37,7 @@ from fastdit.runtime.graph import Graphed, graphs
 from fastdit.runtime.hardware import has_bf16, peak_tflops, precision
 from fastdit.runtime.profiler import Profiler
 from fastdit.runtime.ranks import World
+from fastdit.runtime.run import CONFIG, load_config, open_run, record_changes, save_config
 from fastdit.runtime.trackers import require_wandb
 from fastdit.weights.folder import locate
 from fastdit.weights.start import adopt, start_from
@@ -46,7 +49,7 @@ def main() -> None:
     description = (__doc__ or "").partition("\n")[0]
 
     def run() -> int:
-        return train(command.parse(sys.argv[1:], "torchrun fastdit/train.py", description))
+        return train(*command.parse_run(sys.argv[1:], "torchrun fastdit/train.py", description))
 
     command.exit_cleanly(lambda: ranks.as_one(run), rank)
 
@@ -85,13 +88,13 @@ def update(model: DiT, objective: Objective, optimizer: Optimizer, drawn: list[D
     return mean_loss, optimizer.step(rates, mean_loss)
 
 
-def says_what_fits(train: Callable[[Config], int]) -> Callable[[Config], int]:
+def says_what_fits(train: Callable[..., int]) -> Callable[..., int]:
     """Make memory running out, wherever in a run, a RankError that says which batch would do."""
 
     @functools.wraps(train)
-    def explained(config: Config) -> int:
+    def explained(config: Config, on_purpose: bool = False) -> int:
         try:
-            return train(config)
+            return train(config, on_purpose)
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
                 raise
@@ -111,27 +114,54 @@ def says_what_fits(train: Callable[[Config], int]) -> Callable[[Config], int]:
     return explained
 
 
+class Run(NamedTuple):
+    """The parts of a run, as `train` has set them up."""
+
+    config: Config
+    folder: Path
+    world: World
+    batch: int  # images a step, over all ranks and micro-steps
+    pack: encoding.Pack
+    model: DiT
+    optimizer: Optimizer
+    objective: Objective
+    checkpoints: Checkpoints
+    autoencoder: vae.VAE | None
+    judge: Judge | None  # on rank 0 alone
+    meter: Meter
+
+
 @says_what_fits
-def train(config: Config) -> int:
-    """The whole run, from wherever it stands to its last image. Returns 0, or 128 + the signal that stopped it."""
+def train(config: Config, on_purpose: bool = False) -> int:
+    """The whole run, from wherever it stands to its last image. Returns 0, or 128 + the signal that stopped it.
+
+    on_purpose: the user named the run's folder, and what differs from its config.json is meant as a change.
+    """
     world = ranks.init(config.parallel)
-    config, folder = ranks.once(world, lambda: open_run(config))
+    config, folder, changed = ranks.once(world, lambda: open_run(config, on_purpose, adopted))
     choose_ops(config, world.device)  # what cannot be had is said before anything touches the disk
     require_wandb(config.log.wandb)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     batch = config.train.batch * config.train.grad_accum * world.size
 
+    # The data, which say what the network sees.
     pack = ranks.every(world, lambda: encoding.open_pack(config, world))
+    config = fit(config, pack.manifest.image_shape, pack.manifest.num_classes)
     stop = ranks.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
+
+    # The network, its optimizer and its loss.
     model = build(config, world, start=ranks.once(world, lambda: newest(folder) is None))
     optimizer = Optimizer(model, config.train, batch, kernel=on_kernels(config, world.device))
     objective = choose_objective(config, world.device)
 
+    # Where the run stands.
     checkpoints = Checkpoints(folder / "checkpoints", config.log.keep, timeout=timeout)
-    images_seen = resume(checkpoints, optimizer, batch)
+    images_seen = resume(checkpoints, optimizer, pack, batch)
+
+    # What it reports.
     autoencoder = ranks.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
     judge = ranks.every(world, lambda: open_judge(config, world)) if config.eval.every_images else None
-    ranks.once(world, lambda: start_run(config, folder))
+    ranks.once(world, lambda: start_run(config, folder, changed, images_seen))
     meter = Meter(
         folder,
         config.log,
@@ -145,59 +175,33 @@ def train(config: Config) -> int:
         resumed_images=images_seen,
         settings=dataclasses.asdict(config),
     )
-    describe(config, world, pack, model, images_seen, folder)
+    run = Run(config, folder, world, batch, pack, model, optimizer, objective, checkpoints, autoencoder, judge, meter)
+    describe(run, images_seen, changed)
     profiler = Profiler(folder / "profile", 0 if world.rank else config.profile, world.device, meter.say)
-
-    def sample() -> None:
-        with meter.paused(), optimizer.ema.applied(model):
-            path = sample_grid(model, config, autoencoder, world, folder / "samples" / f"{images_seen:09d}.png")
-        meter.image(images_seen, path)
-
-    def evaluate() -> None:
-        with meter.paused(), optimizer.ema.applied(model):
-            images = evaluation.make_pictures(model, config, autoencoder, world, config.eval.num)
-            if judge is not None:
-                found = evaluation.line(config, images_seen, judge, images)
-                evaluation.record(folder, found)
-                meter.say(evaluation.say(found))
-                meter.trackers.scalars(images_seen, evaluation.scalars(found))
-
-    def save() -> None:
-        with meter.paused():
-            state = {"images_seen": images_seen, "global_batch": batch}
-            checkpoints.save(images_seen, optimizer.tensors(), state, weights=optimizer.ema.full_tensors())
 
     graph = None
     if graphs(config.parallel, world):
         graph = Graphed(functools.partial(update, model, objective, optimizer), meter.say, optimizer.captured)
-    signalled, waited = 0, 0.0
+    signalled, tenth = 0, max(1, config.train.images // 10)
     while images_seen < config.train.images and not (signalled := stop.agreed()):
         loss, grad_norm = step(model, objective, optimizer, pack, config, world, images_seen, graph)
-        before, images_seen = images_seen, images_seen + batch
+        images_seen += batch
         meter.add(loss, grad_norm, config.train.batch * config.train.grad_accum)
         profiler.step(images_seen)
-        done = images_seen >= config.train.images
-        saving = done or crosses(before, images_seen, config.log.save_every or config.train.images // 10)
-        # A line ends at each save too, so that the lines of a resumed run are those of an uninterrupted one.
-        if saving or meter.due(images_seen):
-            skipped, in_a_row = map(int, optimizer.adamw.skips.tolist())  # waits for the device, as the line does
-            lr, data_wait_s, waited = lr_at(images_seen, config.train), pack.waited_s - waited, pack.waited_s
-            meter.report(images_seen, lr=lr, data_wait_s=data_wait_s, skipped=skipped)
-            if in_a_row >= config.train.max_skips:
-                checkpoints.wait()
-                raise UserError(
-                    f"{in_a_row} steps in a row had a non-finite gradient{' or a spike' if optimizer.spikes else ''}, "
-                    f"the last at {images_seen} images; "
-                    f"the newest checkpoint is kept, and a lower --train.lr may help"
-                )
-        if done or crosses(before, images_seen, config.log.sample_every or config.train.images // 10):
-            sample()
-        if config.eval.every_images and (done or crosses(before, images_seen, config.eval.every_images)):
-            evaluate()
+
+        # Once in a while:
+        saving = due(run, images_seen, config.log.save_every or tenth)
+        if saving or meter.due(images_seen):  # so that the lines of a resumed run are those of an uninterrupted one
+            report(run, images_seen)
+        if due(run, images_seen, config.log.sample_every or tenth):
+            sample(run, images_seen)
+        if config.eval.every_images and due(run, images_seen, config.eval.every_images):
+            evaluate(run, images_seen)
         if saving:
-            save()
+            save(run, images_seen)
+
     if signalled and images_seen:
-        save()
+        save(run, images_seen)
     checkpoints.wait()
     profiler.close()
     meter.close()
@@ -210,10 +214,71 @@ def train(config: Config) -> int:
     return 128 + signalled if signalled else 0
 
 
-def describe(config: Config, world: World, pack: encoding.Pack, model: DiT, images_seen: int, folder: Path) -> None:
+# --- once in a while ---
+
+
+def due(run: Run, images_seen: int, every: int) -> bool:
+    """Whether the last step passed a multiple of `every` images, or the run's end."""
+    return images_seen // every > (images_seen - run.batch) // every or images_seen >= run.config.train.images
+
+
+def report(run: Run, images_seen: int) -> None:
+    """A line of metrics. Waits for the device. Raises UserError where too many steps in a row were skipped."""
+    skipped, in_a_row = map(int, run.optimizer.adamw.skips.tolist())
+    lr = lr_at(images_seen, run.config.train)
+    run.meter.report(images_seen, lr=lr, data_wait_s=run.pack.waited(), skipped=skipped)
+    if in_a_row >= run.config.train.max_skips:
+        run.checkpoints.wait()
+        raise UserError(
+            f"{in_a_row} steps in a row had a non-finite gradient{' or a spike' if run.optimizer.spikes else ''}, "
+            f"the last at {images_seen} images; "
+            f"the newest checkpoint is kept, and a lower --train.lr may help"
+        )
+
+
+def sample(run: Run, images_seen: int) -> None:
+    """A grid of pictures by the averaged weights, from the same noise each time; each rank makes its share."""
+    config, world = run.config, run.world
+    path = run.folder / "samples" / f"{images_seen:09d}.png"
+    share = -(-config.sample.num // world.size)
+    with run.meter.paused(), run.optimizer.ema.applied(run.model):
+        images = sampling.make(
+            run.model, config, run.autoencoder, world, first=world.rank * share, count=share, seed=config.run.seed
+        )
+        shares = ranks.gather(world, images)
+        if world.rank == 0:
+            pictures.save_grid(torch.cat(shares)[: config.sample.num], path)
+    run.meter.image(images_seen, path)
+
+
+def evaluate(run: Run, images_seen: int) -> None:
+    """The offline metric of pictures by the averaged weights."""
+    config = run.config
+    with run.meter.paused(), run.optimizer.ema.applied(run.model):
+        images = evaluation.make_pictures(run.model, config, run.autoencoder, run.world, config.eval.num)
+        if run.judge is not None:
+            figures = evaluation.line(config, images_seen, run.judge, images)
+            evaluation.record(run.folder, figures)
+            run.meter.say(evaluation.say(figures))
+            run.meter.trackers.scalars(images_seen, evaluation.scalars(figures))
+
+
+def save(run: Run, images_seen: int) -> None:
+    with run.meter.paused():
+        state = {"images_seen": images_seen, "global_batch": run.batch, "data": identity(run.pack.manifest)}
+        run.checkpoints.save(images_seen, run.optimizer.tensors(), state, weights=run.optimizer.ema.full_tensors())
+
+
+# --- setting up ---
+
+
+def describe(run: Run, images_seen: int, changed: list[str]) -> None:
     """What is about to run, once, before it does."""
+    config, world, pack = run.config, run.world, run.pack
     if world.rank:
         return
+    for change in changed:
+        print(f"changed on purpose, from {images_seen:,} images on: {change}", flush=True)
     t, seen = config.train, pack.manifest
     gpu = world.device.type == "cuda"
     name = torch.cuda.get_device_name(world.device) if gpu else "CPU"
@@ -224,10 +289,10 @@ def describe(config: Config, world: World, pack: encoding.Pack, model: DiT, imag
             " (no bf16 in this device)" if numbers == "fp32" else " (not in this device's instructions: fp32 is much faster)"
         )
     summary(
-        recipe=config.run.name,
-        folder=folder,
+        recipe=config.run.name or "",
+        folder=run.folder,
         devices=f"{world.size} × {name}" + ("" if gpu else f" ({torch.get_num_threads()} threads each)"),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in run.model.parameters()),
         flops_per_image=train_flops_per_image(config.model),
         batch=t.batch,
         world=world.size,
@@ -242,49 +307,11 @@ def describe(config: Config, world: World, pack: encoding.Pack, model: DiT, imag
     )
 
 
-def crosses(before: int, after: int, every: int) -> bool:
-    """Whether a multiple of `every` images lies in (before, after]."""
-    return after // max(every, 1) > before // max(every, 1)
-
-
-# Settings a resumed run may change: where and how it runs, not what it computes. The batch may be split otherwise as long as
-# its product with the ranks stays; `resume` checks that.
-FREE: tuple[str, ...] = ("run.name", "run.folder", "run.fresh", "log.", "parallel.", "sample.", "eval.", "kernels", "attention")
-FREE += ("profile", "data.packs", "data.device_gib", "data.max_bad", "train.batch", "train.grad_accum", "train.max_skips")
-
-
-def open_run(config: Config) -> tuple[Config, Path]:
-    """The run's folder, new or made before by the same config, and the config with its final name. Rank 0 alone calls this.
-
-    Changes nothing on the disk.
-    """
-    root = Path(config.run.folder)
-    folder = root / config.run.name
-    number = 2
-    while config.run.fresh and folder.exists():
-        folder, number = root / f"{config.run.name}-{number}", number + 1
-    for path in (folder, *(sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else ())):
-        if path.is_symlink():
-            raise UserError(f"{path} is a symbolic link; a run folder and what is in it must be its own")
-    config = configs.replace(config, run={"name": folder.name, "fresh": False})
-    config = with_start(config, folder / "config.json")
-    if (folder / "config.json").exists():
-        free = FREE if config.train.lr_decay == "cosine" else (*FREE, "train.images")  # a cosine ends at the last image
-        changed = [d for d in configs.differences(config, configs.load(folder / "config.json")) if not d.startswith(free)]
-        if changed:
-            raise UserError(
-                f"{folder} holds a run of another config ({'; '.join(changed)}); start anew with --run.name or --run.fresh"
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no config.json; choose another --run.name")
-    return config, folder
-
-
-def with_start(config: Config, saved: Path) -> Config:
+def adopted(config: Config, saved: Path) -> Config:
     """The config with what the model that it starts from decides: a new run's source says it, a begun run's config.json."""
     if saved.exists():
-        run = configs.load(saved)
-        if run.train.init_from and config.train.init_from in ("", run.train.init_from):
+        run = load_config(saved)
+        if run.train.init_from and config.train.init_from in (None, run.train.init_from):
             config = adopt(config, run.model, run.train.init_from)
             return configs.replace(config, train={"init_from": run.train.init_from})
     elif config.train.init_from:
@@ -292,25 +319,30 @@ def with_start(config: Config, saved: Path) -> Config:
     return config
 
 
-def start_run(config: Config, folder: Path) -> None:
+def start_run(config: Config, folder: Path, changed: list[str], images_seen: int) -> None:
     """Make the run's folder, once all that a config can get wrong has gone right. Rank 0 alone calls this."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, text = folder / "config.json", configs.to_json(config)
-    if not path.exists() or path.read_text() != text:
-        write_text(path, text)
+    record_changes(folder, changed, images_seen)
+    save_config(config, folder / CONFIG)
 
 
-def resume(checkpoints: Checkpoints, optimizer: Optimizer, batch: int) -> int:
+def resume(checkpoints: Checkpoints, optimizer: Optimizer, pack: encoding.Pack, batch: int) -> int:
     """Load the newest good checkpoint into the optimizer's tensors, if there is one. Returns the images seen."""
     images_seen = checkpoints.latest()
     if images_seen is None:
         return 0
-    before = checkpoints.load(optimizer.tensors()).get("global_batch")
+    state = checkpoints.load(optimizer.tensors())
     sharding.refresh(optimizer.model)
-    if before != batch:
+    if state.get("global_batch") != batch:
         raise UserError(
-            f"the run has a global batch of {str(before)[:20]} images, this command {batch}; "
+            f"the run has a global batch of {str(state.get('global_batch'))[:20]} images, this command {batch}; "
             f"adjust --train.batch or --train.grad_accum so that batch × grad_accum × ranks stays"
+        )
+    trained_on = state.get("data")
+    if isinstance(trained_on, dict) and (different := changes(trained_on, identity(pack.manifest))):
+        raise UserError(
+            f"the data are not those the run was trained on ({'; '.join(different)}); restore them, or start a run on the "
+            f"new ones from these weights: --run.name NEW --train.init_from {checkpoints.folder.parent}"
         )
     return images_seen
 
@@ -320,30 +352,17 @@ def open_judge(config: Config, world: World) -> Judge | None:
     return None if world.rank else references.open_judge(config, config.eval.num, world.device, config.eval.reference)
 
 
-def sample_grid(model: DiT, config: Config, autoencoder: vae.VAE | None, world: World, path: Path) -> Path:
-    """Each rank makes its share of --sample.num pictures, from the same noise each time; rank 0 writes them as one PNG."""
-    share = -(-config.sample.num // world.size)
-    images = sampling.make(model, config, autoencoder, world, first=world.rank * share, count=share, seed=config.run.seed)
-    shares = ranks.gather(world, images)
-    if world.rank == 0:
-        pictures.save_grid(torch.cat(shares)[: config.sample.num], path)
-    return path
-
-
 def build(config: Config, world: World, start: bool = True) -> DiT:
     """The model on its starting weights, compiled and sharded. start: read --train.init_from, since no checkpoint follows."""
     with torch.device("meta"):
-        model = DiT(
-            config.model,
-            choose_ops(config, world.device),
-            residual=residual_dtype(config),
-        )
+        model = DiT(config.model, choose_ops(config, world.device))
     sharding.checkpoint(model, config.parallel)
     sharding.compile(model, config.parallel, world.device)
     sharding.shard(model, config.parallel, world)
     model.init_weights(config.run.seed)
-    if config.train.init_from and start:
-        said = ranks.every(world, lambda: start_from(model, config.train.init_from, config))
+    source = config.train.init_from
+    if source and start:
+        said = ranks.every(world, lambda: start_from(model, source, config))
         if world.rank == 0:
             print(said, flush=True)
     return model

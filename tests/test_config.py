@@ -10,6 +10,7 @@ from fastdit import command
 from fastdit import config as C
 from fastdit.command import parse
 from fastdit.config import RECIPES, UserError
+from fastdit.runtime.run import differences, load_config, save_config
 
 
 def cli(*args: str) -> C.Config:
@@ -20,8 +21,8 @@ def cli(*args: str) -> C.Config:
 def test_every_recipe_resolves_and_survives_json(name, tmp_path):
     config = cli(name)
     assert config.run.name == name
-    (tmp_path / "config.json").write_text(C.to_json(config))
-    assert C.load(tmp_path / "config.json") == config
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
 
 
 def test_no_arguments_is_the_cats_recipe():
@@ -147,7 +148,7 @@ def test_a_tampered_config_file_is_refused_by_name(tmp_path, path, value, said):
     place[path[-1]] = value
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(UserError) as error:
-        C.load(tmp_path / "config.json")
+        load_config(tmp_path / "config.json")
     assert "config.json" in str(error.value)
     assert said in str(error.value)
 
@@ -158,7 +159,7 @@ def test_a_run_from_before_flow_could_predict_x0_means_what_it_meant(tmp_path, k
     data["diffusion"] |= {"kind": kind, "prediction": "x0", "min_snr": 0.0, "flow_t": "logit_normal"}
     del data["diffusion"]["flow_t_logit"], data["diffusion"]["flow_clamp"]
     (tmp_path / "config.json").write_text(json.dumps(data))
-    found = C.load(tmp_path / "config.json").diffusion
+    found = load_config(tmp_path / "config.json").diffusion
     assert (found.kind, found.prediction, found.flow_t, found.flow_t_logit) == (kind, predicts, "logit_normal", (0.0, 1.0))
 
 
@@ -182,5 +183,5 @@ def test_every_field_has_help_and_there_are_few():
 
 def test_differences_name_both_values():
     a, b = cli(), cli("--train.lr", "0.5")
-    assert C.differences(a, a) == []
-    assert C.differences(a, b) == ["train.lr: 0.001 here, 0.5 there"]
+    assert differences(a, a) == []
+    assert differences(a, b) == ["train.lr: 0.001 here, 0.5 there"]

@@ -24,6 +24,7 @@ from fastdit import config as C
 from fastdit.config import SIZES, UserError
 from fastdit.convert import Options, convert
 from fastdit.model import DiT, position_embedding
+from fastdit.runtime.run import load_config
 from fastdit.runtime.tensors import save_weights
 from fastdit.weights.folder import from_pretrained
 from fastdit.weights.foreign import from_diffusers, from_facebook, from_seed
@@ -332,7 +333,7 @@ def test_a_lightning_checkpoint_becomes_a_folder_that_samples(tmp_path, monkeypa
     expected = ours(from_seed(w, num_heads=H))
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 4])
     assert torch.equal(model(x, t, y), expected(x, t, y))
-    assert C.load(out / "config.json").diffusion.beta_schedule == "squaredcos_cap_v2"
+    assert load_config(out / "config.json").diffusion.beta_schedule == "squaredcos_cap_v2"
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
     with pytest.raises(UserError, match="exists and is not empty"):
         convert(Options(str(tmp_path / "dit.ckpt")))
@@ -364,7 +365,7 @@ def test_a_pipeline_folder_says_how_it_was_trained(tmp_path):
     )
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text("{}")
-    run = C.load(convert(Options(str(tmp_path), str(tmp_path / "out"))) / "config.json")
+    run = load_config(convert(Options(str(tmp_path), str(tmp_path / "out"))) / "config.json")
     assert (run.diffusion.beta_schedule, run.diffusion.prediction, run.diffusion.clip_x0) == ("scaled_linear", "v", False)
     assert run.data.vae == str(tmp_path / "vae")
     assert run.data.image_size == (64, 64)

@@ -19,6 +19,7 @@ from fastdit.diffusion import schedule
 from fastdit.export import Options, export, to_diffusers
 from fastdit.model import DiT
 from fastdit.runtime import rng
+from fastdit.runtime.run import save_config
 from fastdit.runtime.tensors import load_weights
 from fastdit.weights.folder import from_pretrained, push_to_hub, save_pretrained
 
@@ -62,7 +63,7 @@ def make_run(tmp_path):
         trained = {n: p.detach() for n, p in alive.named_parameters() if p.requires_grad}
         run = tmp_path / "tiny"
         run.mkdir()
-        (run / "config.json").write_text(C.to_json(config))
+        save_config(config, run / "config.json")
         checkpoints = Checkpoints(run / "checkpoints", 3)
         weights = {n: p.detach() for n, p in averaged.named_parameters() if p.requires_grad}
         checkpoints.save(640, {f"model.{n}": p for n, p in trained.items()}, {}, weights=weights)

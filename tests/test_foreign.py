@@ -14,6 +14,7 @@ from fastdit import sampling
 from fastdit.config import UserError
 from fastdit.convert import Options, convert
 from fastdit.model import DiT, position_embedding
+from fastdit.runtime.run import load_config
 from fastdit.runtime.tensors import save_weights
 from fastdit.weights.folder import from_pretrained
 from fastdit.weights.foreign import from_facebook, from_sit
@@ -184,7 +185,7 @@ def test_another_autoencoder_gives_the_size_of_the_pictures(tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text('{"latent_channels": 32, "block_out_channels": [8, 8, 8, 8, 8]}')
     file = checkpoint(tmp_path / "x.pt", weights(channels=32), path_type="Linear", prediction="velocity")
-    run = C.load(convert(Options(str(file), num_heads=H, vae=str(tmp_path / "vae"))) / "config.json")
+    run = load_config(convert(Options(str(file), num_heads=H, vae=str(tmp_path / "vae"))) / "config.json")
     assert (run.data.image_size, run.data.vae) == ((128, 128), str(tmp_path / "vae"))
 
 

@@ -21,6 +21,7 @@ from fastdit.checkpoint import Checkpoints
 from fastdit.config import UserError
 from fastdit.data import decode
 from fastdit.data import pack as packs
+from fastdit.runtime.run import load_config, save_config
 from fastdit.runtime.tensors import load_weights, save_weights
 
 
@@ -132,8 +133,8 @@ def test_command_lines(count, tmp_path, monkeypatch, soaked):
         except UserError as error:
             one_line(error)
             return
-        (tmp_path / "config.json").write_text(C.to_json(config))
-        assert C.load(tmp_path / "config.json") == config
+        save_config(config, tmp_path / "config.json")
+        assert load_config(tmp_path / "config.json") == config
         (tmp_path / "config.json").unlink()
 
     check()
@@ -149,7 +150,7 @@ def test_config_files(count, tmp_path, soaked):
     def check(data: bytes) -> None:
         path.write_bytes(data)
         try:
-            assert isinstance(C.load(path), C.Config)
+            assert isinstance(load_config(path), C.Config)
         except UserError as error:
             one_line(error)
 

@@ -22,6 +22,7 @@ from fastdit.data import encoding
 from fastdit.diffusion import DDPM, choose_objective
 from fastdit.optim import Optimizer
 from fastdit.runtime import ranks
+from fastdit.runtime.run import load_config
 from fastdit.runtime.sharding import main_param
 from fastdit.runtime.tensors import load_weights
 from fastdit.sample import Options, sample
@@ -94,7 +95,7 @@ def whole_fp32(run_ranks, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_what_it_says(whole):
     folder = whole / "runs" / "tiny"
-    assert C.load(folder / "config.json") == tiny(whole)
+    assert load_config(folder / "config.json") == tiny(whole)
     assert [line["images"] for line in metrics(whole)] == [BATCH * (i + 1) for i in range(STEPS)]
     assert all(line["loss"] > 0 and line["img_per_s"] > 0 and line["mfu"] is None for line in metrics(whole))
     assert [int(p.stem) for p in sorted((folder / "samples").glob("*.png"))] == [3 * BATCH, 6 * BATCH]

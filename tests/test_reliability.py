@@ -38,6 +38,7 @@ from fastdit.meter import Meter
 from fastdit.model import DiT
 from fastdit.optim import Optimizer, Spikes
 from fastdit.runtime import ranks, sharding
+from fastdit.runtime.run import differences
 from fastdit.runtime.tensors import load_weights
 
 ROOT = Path(__file__).parent.parent
@@ -463,7 +464,7 @@ train.main()
 def arguments(config: Config) -> list[str]:
     """The command line that means a config."""
     found, default = [], C.RECIPES["cats"]
-    for difference in C.differences(config, default):
+    for difference in differences(config, default):
         name = difference.partition(":")[0]
         group, _, field = name.rpartition(".")
         value = getattr(getattr(config, group), field)

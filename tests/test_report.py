@@ -12,6 +12,7 @@ from fastdit import config as C
 from fastdit.config import UserError
 from fastdit.quality import charts, evaluation
 from fastdit.report import Options, grids, report
+from fastdit.runtime.run import save_config
 
 pytest.importorskip("matplotlib")
 
@@ -38,7 +39,7 @@ def finished(folder: Path, *, gpu: bool, num: int = 20, **groups) -> Path:
     """What a run of `num` lines leaves."""
     run = folder / "runs" / "a run"
     (run / "samples").mkdir(parents=True)
-    (run / "config.json").write_text(C.to_json(C.replace(C.RECIPES["cats"], **groups)))
+    save_config(C.replace(C.RECIPES["cats"], **groups), run / "config.json")
     with (run / "metrics.jsonl").open("w") as file:
         for i in range(1, num + 1):
             line = {"images": 100 * i, "step": i, "loss": 2 / i, "grad_norm": 1.0, "lr": 1e-3, "img_per_s": 50.0, "mfu": None}

@@ -12,6 +12,7 @@ from fastdit.config import UserError
 from fastdit.data.cats import COLOURS
 from fastdit.model import DiT
 from fastdit.planning.memory import num_parameters
+from fastdit.runtime.run import load_config, save_config
 from fastdit.sample import Options, Sampler
 from fastdit.weights.folder import REFERENCE, save_folder
 
@@ -98,14 +99,14 @@ def test_what_is_no_class_is_one_line(folder, label, said):
 )
 def test_an_absurd_config_is_refused_before_anything_is_built(folder, tmp_path, groups):
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    (tmp_path / "config.json").write_text(C.to_json(C.replace(C.load(folder / "config.json"), **groups)))
+    save_config(C.replace(load_config(folder / "config.json"), **groups), tmp_path / "config.json")
     with pytest.raises(UserError, match=r"by plan one picture of this model takes [\d,.]+ GB at least"):
         sample.sample(Options(str(tmp_path)))
 
 
 @pytest.mark.parametrize("fields", [{"timesteps": 2**31 - 1}, {"timesteps": 10**6 + 1}])
 def test_an_absurd_schedule_is_refused(folder, tmp_path, fields):
-    (tmp_path / "config.json").write_text(C.to_json(C.replace(C.load(folder / "config.json"), diffusion=fields)))
+    save_config(C.replace(load_config(folder / "config.json"), diffusion=fields), tmp_path / "config.json")
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"config.json: --diffusion.timesteps is \d+; it must be at most 1000000"):
         sample.sample(Options(str(tmp_path)))

@@ -13,6 +13,7 @@ from fastdit import train
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, UserError
 from fastdit.model import DiT
+from fastdit.runtime.run import load_config, save_config
 from fastdit.weights.folder import save_pretrained
 from fastdit.weights.start import adopt, start_from
 
@@ -165,7 +166,7 @@ def test_runs_checkpoints_exports_and_files_start_alike(trained, tmp_path):
         values = {n: p.detach() + (images != 128) for n, p in theirs.named_parameters()}
         checkpoints.save(images, {f"model.{n}": p for n, p in values.items()}, {}, weights=values)
         checkpoints.wait()
-    (run / "config.json").write_text(C.to_json(config))
+    save_config(config, run / "config.json")
     (run / "checkpoints" / "000000000256").mkdir()  # incomplete
     newest = run / "checkpoints" / "000000000128"
     for kind in (source, source / "model.safetensors", run, newest, newest / "ema.safetensors"):
@@ -192,7 +193,7 @@ def test_after_the_first_checkpoint_the_source_may_go(trained, run_ranks, tmp_pa
     [first] = run_ranks.outcomes(1, whole_run, config, init=False)
     assert first.code == 0, first.error
     assert f"started from {source}: 32 of 32 tensors" in first.output
-    saved = C.load(tmp_path / "tuned" / "config.json")
+    saved = load_config(tmp_path / "tuned" / "config.json")
     assert (saved.model.num_heads, saved.model.time_embedding) == (4, "diffusers")
     shutil.rmtree(source)
     for init_from in (str(source), ""):
@@ -200,4 +201,4 @@ def test_after_the_first_checkpoint_the_source_may_go(trained, run_ranks, tmp_pa
         [later] = run_ranks.outcomes(1, whole_run, longer, init=False)
         assert later.code == 0, later.error
         assert "started from" not in later.output
-        assert C.load(tmp_path / "tuned" / "config.json").train.init_from == str(source)
+        assert load_config(tmp_path / "tuned" / "config.json").train.init_from == str(source)

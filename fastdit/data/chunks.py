@@ -169,7 +169,7 @@ def reject(path: Path, skipped: list[Any], total: int, max_bad: float) -> None:
     report = path.with_name(path.name + ".rejected.txt")
     lines = [f"{name!r}: {reason}" for name, reason in skipped]
     write(report, ["\n".join([*lines, ""]).encode()])
-    found = f"{len(skipped):,} of {total:,} images cannot be used; --data.max_bad allows {max_bad:.1%}"
+    found = f"{len(skipped):,} of {total:,} images cannot be used; {max_bad:.1%} are allowed; mend or remove them"
     raise UserError(f"{found} ({plain('; '.join(lines[:3]))}; all in {plain(report)})")
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastdit.config import Config, DataConfig, UserError, plain
+from fastdit.config import Config, DataConfig, UserError, fit, plain
 from fastdit.data import chunks, images, own
 from fastdit.data import vae as autoencoders
 from fastdit.data.cats import COLOURS
@@ -32,6 +32,8 @@ from fastdit.runtime.ranks import World, every, gather, once
 __all__ = ["Batch", "Manifest", "Pack", "ensure", "folder", "open_pack", "pack_dataset", "read_manifest", "verify"]
 
 Progress = Callable[[int, int, int], None]  # images done, images in all, images skipped
+
+MAX_BAD = 0.01  # share of images that cannot be decoded above which encoding fails
 
 
 def ensure(
@@ -53,9 +55,8 @@ def ensure(
         source = every(world, lambda: images.open_images(config.data, threads=max(1, cores)))
         autoencoder = every(world, lambda: autoencoders.load(config.data, world.device) if config.data.vae else None)
         shape = every(world, lambda: row_shape(source, autoencoder))
-        if autoencoder or config.model.channels != 1:  # whether pictures are grey is known at the end
-            _fits(config, shape, len(source.class_names) or int(source.labelled), config.data.vae)
-        encode(source, autoencoder, world, path, config.data.max_bad, log, progress)
+        fit(config, shape, len(source.class_names) or int(source.labelled))  # said before the hours of encoding
+        encode(source, autoencoder, world, path, MAX_BAD, log, progress)
     elif world.rank == 0:
         shutil.rmtree(chunks.staging_of(path), ignore_errors=True)  # a kill between naming the pack and clearing up leaves it
     manifest = once(world, lambda: read_manifest(path))
@@ -65,14 +66,13 @@ def ensure(
             if manifest.vae
             else f"{plain(path)} holds pixels, and --data.vae is {plain(config.data.vae)}"
         )
-    _fits(config, manifest.image_shape, manifest.num_classes, manifest.vae)
     return path
 
 
 def open_pack(config: Config, world: World, log: Callable[[str], None] = print) -> Pack:
     """The config's pack, encoded first if need be, as a training loop reads it: each rank's batches one micro-step apart."""
     d, stride = config.data, config.train.batch * world.size
-    return Pack(ensure(config, world, log), world.device, config.run.seed, d.hflip, d.device_gib, stride)
+    return Pack(ensure(config, world, log), world.device, config.run.seed, d.hflip, stride=stride)
 
 
 def class_names(data: DataConfig) -> list[str]:
@@ -123,6 +123,7 @@ def folder(data: DataConfig) -> Path:
     origin = images.origin(data)
     if origin.kind == "pack":
         return Path(origin.path).expanduser()
+    autoencoder, revision = autoencoders.vae_name(data.vae) if data.vae else ("", None)
     follows_from = {
         "format": FORMAT,
         "transform": TRANSFORMS["none" if origin.kind == "cats" else data.crop],
@@ -130,15 +131,19 @@ def folder(data: DataConfig) -> Path:
         "path": origin.path,
         "split": origin.split,
         "revision": origin.revision,
-        **{name: getattr(data, name) for name in ("image_column", "label_column", "num_images", "image_size")},
-        **{name: getattr(data, name) for name in ("vae", "vae_revision")},
-        "files": ["" if origin.kind == "hub" and not Path(origin.path).is_dir() else _stamp(origin.path), _stamp(data.vae)],
+        "image_column": data.image_column,
+        "label_column": data.label_column,
+        "num_images": data.num_images or 0,
+        "image_size": data.image_size,
+        "vae": autoencoder,
+        "vae_revision": revision or "",
+        "files": ["" if origin.kind == "hub" and not Path(origin.path).is_dir() else _stamp(origin.path), _stamp(autoencoder)],
     }
     digest = hashlib.sha256(json.dumps(follows_from, sort_keys=True).encode()).hexdigest()[:10]
     words = [
         {"cats": "cats", "hub": origin.path}.get(origin.kind, Path(origin.path).expanduser().resolve().name),
         "x".join(map(str, data.image_size)),
-        data.vae.rstrip("/").split("/")[-1],
+        autoencoder.rstrip("/").split("/")[-1],
     ]
     readable = "-".join(re.sub("[^A-Za-z0-9.]+", "-", word)[-40:].strip("-.") for word in words if word)
     return Path(data.packs) / f"{readable.lower()}-{digest}"
@@ -172,18 +177,6 @@ def row_shape(source: ImageSource, autoencoder: autoencoders.VAE | None) -> tupl
             f"--data.image_size {rows}×{columns}: {plain(autoencoder.name)} needs multiples of {autoencoder.factor}"
         )
     return autoencoder.channels, rows // autoencoder.factor, columns // autoencoder.factor
-
-
-def _fits(config: Config, shape: tuple[int, ...], num_classes: int, vae_name: str) -> None:
-    m, what = config.model, f"the latents of {plain(vae_name)}" if vae_name else "the images"
-    if m.channels != shape[0]:
-        raise UserError(f"--model.channels is {m.channels}; {what} have {shape[0]}")
-    if m.input_size != shape[1:]:
-        raise UserError(f"--model.input_size is {m.input_size[0]}×{m.input_size[1]}; {what} are {shape[1]}×{shape[2]}")
-    if m.num_classes and not num_classes:
-        raise UserError(f"--model.num_classes is {m.num_classes}, but the images have no labels; 0 trains without")
-    if 0 < m.num_classes < num_classes:
-        raise UserError(f"--model.num_classes is {m.num_classes}; the images have {num_classes} classes (0 ignores them)")
 
 
 def encode(

@@ -62,9 +62,7 @@ def kind_of(path: str | None) -> Origin:
 
 def origin(data: DataConfig) -> Origin:
     """What a config's data is. Raises UserError."""
-    if data.source == "hub":
-        return Origin("hub", data.path, data.split, data.revision)
-    return kind_of(data.path)._replace(split=data.split, revision=data.revision)
+    return kind_of(data.path)
 
 
 def open_images(data: DataConfig, held_out: bool = False, threads: int = 1) -> ImageSource:
@@ -132,7 +130,7 @@ def _folder(data: DataConfig, root: Path, files: list[Parts], refused: dict[Part
     path = plain(data.path)
     if not parts:
         raise UserError(f"--data.path {path}: no image ({', '.join(sorted(SUFFIXES))}) and no parquet file in this folder")
-    names = tuple(sorted({part[0] for part in parts if len(part) > 1}))
+    names = tuple(sorted({part[0] for part in parts if len(part) > 1})) if data.label_column else ()
     if names and min(map(len, parts)) == 1:
         raise UserError(f"--data.path {path} holds images beside class folders such as {names[0]!r}; move one or the other")
     numbers = {name: n for n, name in enumerate(names)}

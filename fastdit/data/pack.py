@@ -144,7 +144,7 @@ class Pack:
             verify(path)
         m = self.manifest
         self.device, self.seed, self.hflip, self.stride = device, seed, hflip, stride
-        self.waited_s = 0.0  # that callers waited for data
+        self.waited_s = self.reported_s = 0.0  # that callers waited for data
         self.resident = m.count * m.row_bytes <= device_gib * (1 << 30)
         # Of latents, row 2·i is image i and row 2·i + 1 its mirror image.
         self.row_shape = m.shape[1:] if m.vae else m.shape
@@ -161,6 +161,11 @@ class Pack:
         self._ahead: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] = {}
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._last = -1
+
+    def waited(self) -> float:
+        """Seconds that callers of `batch` waited for data since this was last asked."""
+        seconds, self.reported_s = self.waited_s - self.reported_s, self.waited_s
+        return seconds
 
     def batch(self, first: int, count: int) -> Batch:
         """Images first … first + count - 1 of the run, mirrored and drawn as their numbers say, with no host sync."""

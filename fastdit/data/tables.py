@@ -77,7 +77,7 @@ def _same_columns(data: DataConfig, files: Sequence[str]) -> None:
             schema = pyarrow.parquet.read_schema(file)
         except Exception as error:
             raise UserError(f"--data.path {plain(file)}: not a readable parquet file ({_reason(error)})") from None
-        for column in (data.image_column, data.label_column):
+        for column in filter(None, (data.image_column, data.label_column)):
             kind = str(schema.field(column).type) if column in schema.names else "nothing"
             if first.setdefault(column, kind) != kind:
                 raise UserError(

@@ -54,26 +54,34 @@ def load(data: DataConfig, device: torch.device) -> VAE:
     """The autoencoder that --data.vae names, from safetensors alone. Raises UserError, one line, where it cannot be had."""
     from diffusers import AutoencoderKL  # here: it takes seconds to import, and a run on pixels needs none of it
 
+    assert data.vae is not None
+    name, revision = vae_name(data.vae)
     try:
         autoencoder = AutoencoderKL.from_pretrained(
-            data.vae,
-            revision=data.vae_revision or None,
+            name,
+            revision=revision,
             use_safetensors=True,
             torch_dtype=torch.float32,
             low_cpu_mem_usage=False,
         )
     except Exception as error:  # of the network, the hub, the cache or the files: all are about what was asked for
         reason = plain(" ".join(str(error).split())) or type(error).__name__
-        where = "" if Path(data.vae).is_dir() else "no such folder, and not loaded from the hub: "
+        where = "" if Path(name).is_dir() else "no such folder, and not loaded from the hub: "
         raise UserError(f"--data.vae {plain(data.vae)}: {where}{reason}") from None
-    return VAE(autoencoder, device, data.vae, _commit(data) or data.vae_revision)
+    return VAE(autoencoder, device, name, _commit(name, revision) or revision or "")
 
 
-def _commit(data: DataConfig) -> str:
+def vae_name(vae: str) -> tuple[str, str | None]:
+    """ID[@REVISION] → id, revision; a folder is taken whole."""
+    name, _, revision = (vae, "", "") if Path(vae).exists() else vae.partition("@")
+    return name, revision or None
+
+
+def _commit(name: str, revision: str | None) -> str:
     """The commit of the hub's repository that was loaded, from the cache it was loaded from."""
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(data.vae).exists():
+    if Path(name).exists():
         return ""
-    cached = try_to_load_from_cache(data.vae, "config.json", revision=data.vae_revision or None)
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(cached).parent.name if isinstance(cached, str) else ""

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdit.config import Config, ModelConfig, UserError, replace
-from fastdit.model import DiT, num_frequencies, out_channels, residual_dtype
+from fastdit.model import DiT, num_frequencies, out_channels
 from fastdit.runtime import sharding
 from fastdit.runtime.hardware import compute_dtype
 
@@ -42,7 +42,7 @@ def activations(config: Config, batch: int, ops: Ops | None = None) -> Activatio
     ops = (ops or planned_ops(config))._replace(attention=flash_attention)
     m = config.model
     with torch.device("meta"):
-        model = DiT(m, ops, residual_dtype(config)).to(dtype)
+        model = DiT(m, ops).to(dtype)
         sharding.checkpoint(model, config.parallel)
         x, t = torch.empty(batch, m.channels, *m.input_size), torch.empty(batch)
         y = torch.empty(batch, dtype=torch.int64) if m.num_classes else None

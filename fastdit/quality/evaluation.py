@@ -54,7 +54,7 @@ def line(config: Config, images_seen: int | None, judge: Judge, images: Tensor, 
 def how(config: Config, images_seen: int | None, metric: str, num: int, seed: int) -> dict[str, Any]:
     """What a line's figures follow from; a line that agrees in all of it is replaced."""
     s = config.sample
-    guided = {"guidance_low": s.guidance_low, "guidance_high": s.guidance_high} if s.guidance != 1 else {}
+    guided = {"guidance_low": s.guidance_interval[0], "guidance_high": s.guidance_interval[1]} if s.guidance != 1 else {}
     settings = {"sampler": s.sampler, "steps": s.steps, "guidance": s.guidance, **guided}
     return {"images": images_seen, "metric": metric, "num": num, "seed": seed, **settings}
 

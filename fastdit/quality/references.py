@@ -16,7 +16,7 @@ from fastdit.runtime import rng
 TRAINING = 20_000  # training images looked through for the nearest
 
 
-def real_images(config: Config, num: int, reference: str = "") -> tuple[ImageSource, bool]:
+def real_images(config: Config, num: int, reference: str | None = None) -> tuple[ImageSource, bool]:
     """About `num` images to compare with: a folder's that the user names, held-out cats, or else the training images.
 
     And whether they are held out: whether the training set has none of them. Raises UserError.
@@ -29,7 +29,7 @@ def real_images(config: Config, num: int, reference: str = "") -> tuple[ImageSou
     return open_images(d, threads=threads), False
 
 
-def references(config: Config, num: int, reference: str = "") -> tuple[ImageSource, Sequence[int]]:
+def references(config: Config, num: int, reference: str | None = None) -> tuple[ImageSource, Sequence[int]]:
     """What FID compares with, by custom: the folder that the user names, or else `num` of the training images, or all for 0."""
     source = real_images(config, 0, reference)[0] if reference else open_images(config.data)
     return source, subset(source, num or source.length)
@@ -51,7 +51,7 @@ def read(source: ImageSource, numbers: Sequence[int]) -> Iterator[Tensor]:
                 yield torch.from_numpy(example.image).permute(2, 0, 1)
 
 
-def open_judge(config: Config, num: int, device: torch.device, reference: str = "") -> Judge:
+def open_judge(config: Config, num: int, device: torch.device, reference: str | None = None) -> Judge:
     """What scores pictures against `num` real images, or half of those there are. Raises UserError."""
     features.require()
     source, held_out = real_images(config, 2 * num, reference)

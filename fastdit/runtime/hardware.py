@@ -24,7 +24,7 @@ PEAK_TFLOPS = {
 }
 
 
-def peak_tflops(device_name: str, given: float = 0.0) -> float | None:
+def peak_tflops(device_name: str, given: float | None = None) -> float | None:
     """The device's peak in dense bf16 TFLOP/s: what the user gave, else what its name is known for, else None."""
     if given:
         return given

@@ -9,7 +9,7 @@ from typing import Any
 from fastdit.config import UserError
 
 
-def require_wandb(project: str) -> None:
+def require_wandb(project: str | None) -> None:
     """Raise UserError where a project is named and the package is missing. Every rank asks, so that none waits for rank 0."""
     if project and importlib.util.find_spec("wandb") is None:
         raise UserError("--log.wandb needs the wandb package: pip install 'fastdit[track]'")
@@ -18,7 +18,7 @@ def require_wandb(project: str) -> None:
 class Trackers:
     """Both, either or none. settings are the run's, which Weights & Biases keeps with it; its key stays in the environment."""
 
-    def __init__(self, folder: Path, project: str, resumed_images: int, settings: Mapping[str, Any]):
+    def __init__(self, folder: Path, project: str | None, resumed_images: int, settings: Mapping[str, Any]):
         self.tensorboard = _tensorboard(folder, resumed_images)
         self.wandb = _wandb(folder, project, settings) if project else None
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from fastdit import checkpoint
 from fastdit import config as configs
 from fastdit.config import Config, UserError, plain
-from fastdit.model import DiT, choose_ops, residual_dtype
-from fastdit.runtime.files import write_text
+from fastdit.model import DiT, choose_ops
 from fastdit.runtime.hardware import compute_dtype
 from fastdit.runtime.ranks import World
+from fastdit.runtime.run import load_config, save_config
 from fastdit.runtime.tensors import load_weights, save_weights
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -47,11 +47,11 @@ def locate(source: str | Path, **hub: Any) -> Located:
             return _checkpoint(folder)
         for place in (folder, *path.resolve().parents[:3]):
             if (place / CONFIG).is_file():
-                return Located(path, configs.load(place / CONFIG), folder, None)
+                return Located(path, load_config(place / CONFIG), folder, None)
         raise UserError(f"{path}: there is no config.json beside it that says what model it holds")
     if path.is_dir():
         if (path / WEIGHTS).is_file():
-            return Located(path / WEIGHTS, configs.load(path / CONFIG), path, None)
+            return Located(path / WEIGHTS, load_config(path / CONFIG), path, None)
         if (path / checkpoint.ABOUT).is_file():
             return _checkpoint(path.absolute())
         if (path / "model_index.json").is_file():
@@ -61,12 +61,12 @@ def locate(source: str | Path, **hub: Any) -> Located:
         newest = checkpoint.newest(path)
         if newest is None:
             raise UserError(f"{path} holds no checkpoint yet")
-        return Located(newest / checkpoint.WEIGHTS, configs.load(path / CONFIG), path, int(newest.name))
+        return Located(newest / checkpoint.WEIGHTS, load_config(path / CONFIG), path, int(newest.name))
     repo_id, _, revision = str(source).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or Path(repo_id).parent.is_dir():
         raise UserError(f"{path} does not exist; name a run folder, an exported folder, a safetensors file or a hub id")
     about, weights = _download(repo_id, {**({"revision": revision} if revision else {}), **hub})
-    return Located(weights, configs.load(about), Path(), None)
+    return Located(weights, load_config(about), Path(), None)
 
 
 def _checkpoint(folder: Path) -> Located:
@@ -74,7 +74,7 @@ def _checkpoint(folder: Path) -> Located:
     if not (run / CONFIG).is_file():
         raise UserError(f"{folder}: there is no config.json in {run} that says what model it holds")
     return Located(
-        folder / checkpoint.WEIGHTS, configs.load(run / CONFIG), run, int(folder.name) if folder.name.isdecimal() else None
+        folder / checkpoint.WEIGHTS, load_config(run / CONFIG), run, int(folder.name) if folder.name.isdecimal() else None
     )
 
 
@@ -154,7 +154,7 @@ def load_model(weights: Path, config: Config, world: World) -> DiT:
     """The model on its weights, whole, in the precision it computes in."""
     dtype = compute_dtype(config.parallel.precision, world.device)
     with torch.device("meta"):
-        model = DiT(config.model, choose_ops(config, world.device), residual=residual_dtype(config))
+        model = DiT(config.model, choose_ops(config, world.device))
     assign(model, load_weights(weights)[0], str(weights), dtype, world.device)
     return model.eval().requires_grad_(False)
 
@@ -163,7 +163,7 @@ def save_folder(folder: Path, tensors: dict[str, Tensor], run: Config, metadata:
     """Write weights, on the CPU, and the config that says what they are. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG, configs.to_json(run))
+        save_config(run, folder / CONFIG)
     except OSError as error:
         raise UserError(f"{folder} was not written: {error.strerror or error}") from None
     save_weights(folder / WEIGHTS, tensors, metadata)

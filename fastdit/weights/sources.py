@@ -180,7 +180,7 @@ def configured(run: Config, weights: Weights, vae: str, name: str) -> Config:
     vae: a folder or hub id; empty for the usual one; "none" for a model of pixels.
     """
     model = weights.config
-    vae = "" if vae == "none" or (not vae and model.channels == 3) else vae or run.data.vae
+    vae = "" if vae == "none" or (not vae and model.channels == 3) else vae or run.data.vae or ""
     about = _json(Path(vae, "config.json")) if vae and Path(vae).is_dir() else {}
     channels = about.get("latent_channels", 4 if vae.startswith("stabilityai/sd-vae-ft-") else model.channels)
     if vae and channels != model.channels:
@@ -192,7 +192,9 @@ def configured(run: Config, weights: Weights, vae: str, name: str) -> Config:
     factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and 0 < len(blocks) < 9 else 8
     size = tuple(side * factor for side in model.input_size) if vae else model.input_size
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:100] or "converted"
-    run = configs.replace(run, run={"name": name}, data={"vae": vae, "image_size": size}, diffusion={"clip_x0": not vae})
+    run = configs.replace(
+        run, run={"name": name}, data={"vae": vae or None, "image_size": size}, diffusion={"clip_x0": not vae}
+    )
     run = dataclasses.replace(run, model=model)
     configs.validate(run)
     return run
