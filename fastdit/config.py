@@ -59,6 +59,7 @@ class DataConfig:
     vae: str | None = None  # folder or hub ID[@REVISION] of a diffusers AutoencoderKL; by default train on pixels
     packs: str = "packs"  # where encoded data sets are kept
     image_column: Derived[str] = "image"
+    max_bad: Derived[float] = 0.01  # share of images that cannot be decoded above which encoding fails
 
     @property
     def source(self) -> Literal["cats", "folder", "hub"]:

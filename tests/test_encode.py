@@ -61,7 +61,7 @@ def test_the_default_recipe_on_two_ranks_is_reported_once(run_ranks, tmp_path):
 
 
 def test_latents_are_reported_with_their_statistics(pictures, vae_folder, tmp_path):
-    data = {"source": "folder", "path": str(pictures), "image_size": (8, 8), "vae": str(vae_folder), "max_bad": 0.1}
+    data = {"path": str(pictures), "image_size": (8, 8), "vae": str(vae_folder), "max_bad": 0.1}
     model = {"input_size": (8, 8), "channels": 2, "num_classes": 0}
     config = replace(RECIPES["cats"], data=data | {"packs": str(tmp_path / "packs")}, model=model)
     world = World(0, 1, 0, 1, torch.device("cpu"))
@@ -85,8 +85,8 @@ def test_latents_are_reported_with_their_statistics(pictures, vae_folder, tmp_pa
 
 def test_the_round_trip_is_drawn(run_ranks, pictures, vae_folder, tmp_path):
     """Eight images in the upper row, and below them what diffusers' own class decodes from their posterior's mean."""
-    arguments = ["cats", "--data.source", "folder", "--data.path", str(pictures), "--data.image_size", "8", "8"]
-    arguments += ["--data.vae", str(vae_folder), "--data.max_bad", "0.1", "--data.packs", str(tmp_path / "packs")]
+    arguments = ["cats", "--data.path", str(pictures), "--data.image_size", "8", "8"]
+    arguments += ["--data.vae", str(vae_folder), "--data.packs", str(tmp_path / "packs")]
     arguments += ["--model.input_size", "8", "8", "--model.channels", "2", "--model.num_classes", "0"]
     ends = run_ranks.outcomes(1, verb, *arguments, init=False)
     assert ends[0].code == 0, ends[0].error
@@ -111,8 +111,8 @@ def test_bad_input_is_one_line_and_status_2_on_every_rank(run_ranks, tmp_path):
     for arguments, words in [
         (("dogs",), "unknown recipe 'dogs'"),
         (("--data.sauce", "hub"), "did you mean --data.source?"),
-        (("--data.source", "folder", "--data.path", str(tmp_path / "none")), "no such folder"),
-        (("--data.source", "folder", "--data.path", str(tmp_path / "empty")), "no image"),
+        (("--data.path", str(tmp_path / "none")), "no such folder"),
+        (("--data.path", str(tmp_path / "empty")), "no image"),
         (("verify",), "verify takes one argument"),
         (("verify", str(tmp_path / "empty")), "not the manifest of a pack"),
     ]:

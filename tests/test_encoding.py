@@ -52,7 +52,7 @@ GOOD = [n for n in range(NUM) if n not in (7, 30)]
 
 @pytest.fixture
 def config(folder, tmp_path) -> Config:
-    data = {"source": "folder", "path": str(folder), "image_size": (16, 24), "packs": str(tmp_path / "packs"), "max_bad": 0.1}
+    data = {"path": str(folder), "image_size": (16, 24), "packs": str(tmp_path / "packs"), "max_bad": 0.1}
     return replace(RECIPES["cats"], data=data, model={"input_size": (16, 24), "num_classes": 3})
 
 
@@ -339,7 +339,7 @@ def test_every_rank_ends_with_the_same_line(config, run_ranks):
 def test_too_many_bad_images_fail_with_a_report(config):
     own = replace(config, data={"max_bad": 0.04})
     with pytest.raises(
-        UserError, match=r"2 of 43 images cannot be used; --data\.max_bad allows 4\.0% \('class0/07\.png': not an image"
+        UserError, match=r"2 of 43 images cannot be used; 4\.0% are allowed; mend or remove them \('class0/07\.png': not an image"
     ) as caught:
         encoding.ensure(own, ALONE, quiet)
     assert "\n" not in str(caught.value)
@@ -465,24 +465,26 @@ def test_two_processes_do_not_write_one_pack(config):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"channels": 4}, r"--model\.channels is 4; the images have 3"),
-        ({"input_size": (16, 16)}, r"--model\.input_size is 16×16; the images are 16×24"),
-        ({"num_classes": 2}, r"--model\.num_classes is 2; the images have 3 classes"),
+        ({"patch": 5}, r"--model\.patch 5 does not divide the network's input of 16×24"),
+        ({"num_heads": 3}, r"3 attention heads do not divide --model\.width 256"),
     ],
 )
-def test_a_model_that_does_not_fit_is_refused_before_encoding_and_after(config, fields, message):
-    for _ in range(2):
-        with pytest.raises(UserError, match=message):
-            encoding.ensure(replace(config, model=fields), ALONE, quiet)
-        encoding.ensure(config, ALONE, quiet)
+def test_a_model_that_does_not_fit_is_refused_before_encoding(config, fields, message):
+    with pytest.raises(UserError, match=message):
+        encoding.ensure(replace(config, model=fields), ALONE, quiet)
+    assert not any(Path(config.data.packs).glob("*"))
 
 
-def test_classes_without_labels_are_refused(config, folder):
+def test_the_model_follows_from_the_data(config, folder):
+    manifest = read_manifest(encoding.ensure(config, ALONE, quiet))
+    model = fit(config, manifest.image_shape, manifest.num_classes).model
+    assert (model.channels, model.input_size, model.num_classes) == (3, (16, 24), 3)
+    unlabelled = replace(config, data={"label_column": None})
+    assert fit(unlabelled, manifest.image_shape, manifest.num_classes).model.num_classes == 0
+    assert encoding.open_pack(unlabelled, ALONE, quiet).batch(0, 4).y is None
     for file in folder.rglob("*.png"):
         file.rename(folder / file.name)
-    with pytest.raises(UserError, match=r"--model\.num_classes is 3, but the images have no labels"):
-        encoding.ensure(config, ALONE, quiet)
-    assert encoding.open_pack(replace(config, model={"num_classes": 0}), ALONE, quiet).batch(0, 4).y is None
+    assert read_manifest(encoding.ensure(config, ALONE, quiet)).num_classes == 0
 
 
 def test_an_image_size_the_vae_cannot_take_is_refused(latent_config):
@@ -504,13 +506,14 @@ def test_a_packs_name_follows_from_its_content(config, latent_config, folder):
     names = [encoding.folder(c.data).name for c in (config, latent_config)]
     assert names[0].startswith("pictures-16x24-")
     assert names[1].startswith("pictures-16x24-vae-")
-    for same in ({"hflip": False}, {"device_gib": 1.0}, {"max_bad": 0.5}, {"streaming": True}):
+    for same in ({"hflip": False}, {"max_bad": 0.5}, {"packs": config.data.packs}):
         assert encoding.folder(replace(config, data=same).data).name == names[0]
-    others = ({"image_size": (16, 16)}, {"num_images": 3}, {"revision": "v2"}, {"split": "test"}, {"label_column": "kind"})
-    assert len({encoding.folder(replace(config, data=other).data).name for other in others} | {names[0]}) == 6
+    hub = [{"path": f"a/b{rest}"} for rest in ("", "@v2", ":test", ":test@v2")]
+    others = ({"image_size": (16, 16)}, {"num_images": 3}, {"label_column": "kind"}, {"crop": "none"}, *hub)
+    assert len({encoding.folder(replace(config, data=other).data).name for other in others} | {names[0]}) == 9
     (folder / "class0" / "00.png").write_bytes(b"another")
     assert encoding.folder(config.data).name != names[0]
-    odd = replace(config, data={"source": "hub", "path": "../../etc/…/a b\n;rm", "packs": "packs"})
+    odd = replace(config, data={"path": "../../etc/…/a b\n;rm", "packs": "packs"})
     assert encoding.folder(odd.data).parent == Path("packs")
     assert encoding.folder(odd.data).name.startswith("etc-a-b-rm-16x24-")
 

@@ -224,7 +224,7 @@ def test_a_folder_of_ones_own_is_compared_with_or_the_training_images(folder, tm
     held = references.open_judge(tiny(tmp_path), 500, CPU, str(tmp_path / "mine"))
     assert held.against == f"30 images of {tmp_path / 'mine'}"
     assert held.floor.nearest == 0  # these are training images after all, and the floor tells
-    own = tiny(tmp_path, data={"source": "folder", "path": str(tmp_path / "mine"), "num_images": 0})
+    own = tiny(tmp_path, data={"path": str(tmp_path / "mine"), "num_images": 0})
     judge = references.open_judge(own, 500, CPU)
     assert judge.against == f"30 training images of {tmp_path / 'mine'}"
     assert judge.floor.nearest is None

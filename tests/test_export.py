@@ -38,7 +38,7 @@ def one_thread():
 
 def config_of(folder: Path, model: dict, **groups) -> Config:
     run = {"name": "tiny", "folder": str(folder)}
-    data = {"source": "folder", "path": "photos", "image_size": (8, 8), **groups.pop("data", {})}
+    data = {"path": "photos", "image_size": (8, 8), **groups.pop("data", {})}
     return C.replace(C.Config(), run=run, data=data, model=model, sample={"num": 4, "steps": 2}, **groups)
 
 

@@ -727,7 +727,7 @@ def test_a_failure_on_one_rank_is_said_once_and_by_all_left(run_ranks, packs, tm
 @pytest.mark.parametrize(
     ("groups", "said"),
     [
-        ({"data": {"source": "folder", "path": "/nowhere"}}, "--data.path /nowhere: no such folder"),
+        ({"data": {"path": "/nowhere"}}, "--data.path /nowhere: no such folder"),
         ({"parallel": {"shard": 3}}, "--parallel.shard 3 does not divide the 2 ranks"),
         ({"attention": "flash"}, "flash"),
         ({"run": {"name": "link"}}, "link is a symbolic link"),

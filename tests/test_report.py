@@ -97,7 +97,7 @@ def test_without_a_gpu_there_is_no_power_and_without_evaluations_no_quality(tmp_
 
 def test_nothing_of_a_run_breaks_out_of_its_page(tmp_path):
     evil = "</pre></td><script>alert(1)</script><img src=x onerror=alert(1)>"
-    run = finished(tmp_path, gpu=False, data={"source": "folder", "path": evil})
+    run = finished(tmp_path, gpu=False, data={"path": evil})
     evaluation.record(run, {"images": 100, "metric": evil, "num": evil, "against": evil, "kid": 1.0})
     page = Page(report(Options(str(run))).read_text())
     assert "script" not in {tag for tag, _ in page.tags}

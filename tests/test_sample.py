@@ -91,7 +91,7 @@ def test_what_is_no_class_is_one_line(folder, label, said):
         {"model": {"width": 2**31 - 4}},
         {
             "model": {"input_size": (2**31 - 8, 2**31 - 8)},
-            "data": {"image_size": (2**31 - 8, 2**31 - 8), "source": "folder", "path": "x"},
+            "data": {"image_size": (2**31 - 8, 2**31 - 8), "path": "x"},
         },
         {"model": {"num_classes": 2**31 - 1}},
     ],

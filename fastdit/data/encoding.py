@@ -33,7 +33,6 @@ __all__ = ["Batch", "Manifest", "Pack", "ensure", "folder", "open_pack", "pack_d
 
 Progress = Callable[[int, int, int], None]  # images done, images in all, images skipped
 
-MAX_BAD = 0.01  # share of images that cannot be decoded above which encoding fails
 
 
 def ensure(
@@ -56,7 +55,7 @@ def ensure(
         autoencoder = every(world, lambda: autoencoders.load(config.data, world.device) if config.data.vae else None)
         shape = every(world, lambda: row_shape(source, autoencoder))
         fit(config, shape, len(source.class_names) or int(source.labelled))  # said before the hours of encoding
-        encode(source, autoencoder, world, path, MAX_BAD, log, progress)
+        encode(source, autoencoder, world, path, config.data.max_bad, log, progress)
     elif world.rank == 0:
         shutil.rmtree(chunks.staging_of(path), ignore_errors=True)  # a kill between naming the pack and clearing up leaves it
     manifest = once(world, lambda: read_manifest(path))

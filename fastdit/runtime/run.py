@@ -52,8 +52,7 @@ def load_config(path: Path) -> Config:
 
 # Settings of format 1 that are gone, and the value that means the same today. Another value cannot be had any more.
 GONE: dict[str, Any] = {
-    "data.max_bad": ...,  # how a pack is read or encoded changes no result
-    "data.device_gib": ...,
+    "data.device_gib": ...,  # how a pack is read changes no result
     "data.streaming": ...,
     "diffusion.min_snr": 0.0,
     "parallel.residual": "same",
@@ -160,7 +159,7 @@ def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
 # Settings that a resumed run may change without a word: where and how it runs, not what it computes. The batch may be split
 # otherwise as long as its product with the ranks stays; `train.resume` checks that.
 FREE: tuple[str, ...] = ("run.name", "run.folder", "run.fresh", "log.", "parallel.", "sample.", "eval.", "kernels")
-FREE += ("attention", "profile", "data.packs", "train.batch", "train.grad_accum", "train.max_skips")
+FREE += ("attention", "profile", "data.packs", "data.max_bad", "train.batch", "train.grad_accum", "train.max_skips")
 NOT_FREE: tuple[str, ...] = ("parallel.precision",)
 # What one may change on purpose, by naming the run's folder and a flag. It is said, and kept in changes.jsonl.
 DELIBERATE: tuple[str, ...] = ("train.images", "train.lr", "train.lr_decay", "train.warmup_images", "train.weight_decay")
