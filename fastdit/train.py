@@ -32,7 +32,6 @@ from fastdit.planning import memory as footprint
 from fastdit.quality import evaluation, references
 from fastdit.quality.scores import Judge
 from fastdit.runtime import ranks, sharding
-from fastdit.runtime.files import write_text
 from fastdit.runtime.graph import Graphed, graphs
 from fastdit.runtime.hardware import has_bf16, peak_tflops, precision
 from fastdit.runtime.profiler import Profiler

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastdit.config import RECIPES, Config, UserError, replace
+from fastdit.config import RECIPES, Config, UserError, fit, replace
 from fastdit.data import chunks, encoding, images
 from fastdit.data import pack as packs
 from fastdit.data.decode import TRANSFORMS
@@ -339,7 +339,7 @@ def test_every_rank_ends_with_the_same_line(config, run_ranks):
 def test_too_many_bad_images_fail_with_a_report(config):
     own = replace(config, data={"max_bad": 0.04})
     with pytest.raises(
-        UserError, match=r"2 of 43 images cannot be used; 4\.0% are allowed; mend or remove them \('class0/07\.png': not an image"
+        UserError, match=r"2 of 43 images cannot be used; 4\.0% are allowed; mend or remove them \('class0/07\.png': not an"
     ) as caught:
         encoding.ensure(own, ALONE, quiet)
     assert "\n" not in str(caught.value)
@@ -476,7 +476,7 @@ def test_a_model_that_does_not_fit_is_refused_before_encoding(config, fields, me
 
 
 def test_the_model_follows_from_the_data(config, folder):
-    manifest = read_manifest(encoding.ensure(config, ALONE, quiet))
+    manifest = packs.read_manifest(encoding.ensure(config, ALONE, quiet))
     model = fit(config, manifest.image_shape, manifest.num_classes).model
     assert (model.channels, model.input_size, model.num_classes) == (3, (16, 24), 3)
     unlabelled = replace(config, data={"label_column": None})
@@ -484,7 +484,7 @@ def test_the_model_follows_from_the_data(config, folder):
     assert encoding.open_pack(unlabelled, ALONE, quiet).batch(0, 4).y is None
     for file in folder.rglob("*.png"):
         file.rename(folder / file.name)
-    assert read_manifest(encoding.ensure(config, ALONE, quiet)).num_classes == 0
+    assert packs.read_manifest(encoding.ensure(config, ALONE, quiet)).num_classes == 0
 
 
 def test_an_image_size_the_vae_cannot_take_is_refused(latent_config):

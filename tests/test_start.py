@@ -36,7 +36,7 @@ def config_of(**model) -> Config:
         **({"vae": "x", "image_size": (64, 64)} if model.get("channels", 3) != 3 else {}),
     }
     base = C.RECIPES["cats"]
-    data |= {"path": "photos"} if hasattr(base.data, "source") else {"path": "photos"}
+    data |= {"path": "photos"}
     return C.replace(base, data=data, model={"conv_kernel": 3, **model}, diffusion={"clip_x0": False})
 
 

@@ -34,7 +34,6 @@ __all__ = ["Batch", "Manifest", "Pack", "ensure", "folder", "open_pack", "pack_d
 Progress = Callable[[int, int, int], None]  # images done, images in all, images skipped
 
 
-
 def ensure(
     config: Config,
     world: World,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastdit.config import Config, UserError, nearest, plain, replace, validate
-from fastdit.runtime.files import write_atomically, write_file
+from fastdit.runtime.files import write_text
 
 FORMAT = 2  # of config.json; 1 had no such line, and settings that are gone or derived today
 LIMIT = 1 << 20  # bytes of config.json; a real one has thousands
@@ -27,7 +27,7 @@ def save_config(config: Config, path: Path) -> None:
     """Write config.json, unless it says the same already. Raises OSError."""
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2) + "\n"
     if not path.is_file() or path.read_text() != text:
-        write_atomically(path, lambda aside: write_file(aside, [text.encode()]))
+        write_text(path, text)
 
 
 def load_config(path: Path) -> Config:
