@@ -1,19 +1,20 @@
-"""Take weights out: a folder for from_pretrained and sample.py, a DiTPipeline of diffusers, or a pipeline of our own.
+"""Take weights out: a folder for fastdit.load, a release ready to upload, a DiTPipeline of diffusers, or a pipeline of our own.
 
-fastdit     model.safetensors and config.json: also what train.py's runs and converted weights are sampled from
+fastdit     model.safetensors and config.json: what fastdit.load, sample.py and train.py --train.init_from open
+release     the same with the curves of training, and SHA256SUMS that `sha256sum -c` checks
 diffusers   diffusers' DiTPipeline, for models that its class can express to the bit
-pipeline    fastdit.pipeline.FastDiTPipeline, for any model, with diffusers' own scheduler and autoencoder
+pipeline    fastdit.weights.pipeline.FastDiTPipeline, for any model, with diffusers' own scheduler and autoencoder
 
-Each with a model card: the recipe, images seen, the run's figures and its newest sample grid.
+Each with a model card: what the weights are, images seen, the run's figures and its newest sample grid, the licence.
 """
 
 import dataclasses
-import json
-import shutil
+import hashlib
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -22,35 +23,29 @@ from torch import Tensor
 
 from fastdit import command
 from fastdit import config as configs
+from fastdit.checkpoint import ABOUT, FILES, SHARDS, WEIGHTS
 from fastdit.config import Config, ModelConfig, UserError
 from fastdit.data import vae
 from fastdit.model import DiT
-from fastdit.runtime.files import read_sums, verify
-from fastdit.runtime.run import load_config
+from fastdit.quality import charts, evaluation, history
+from fastdit.runtime.files import read_sums, verify, write_sums
 from fastdit.runtime.tensors import contents, load_weights
 from fastdit.weights import folder
+from fastdit.weights.card import Trained, write_card
 from fastdit.weights.foreign import sinusoids
 from fastdit.weights.layouts import DIFFUSERS, to_theirs
 
 
 @dataclass(frozen=True)
 class Options:
-    source: Annotated[str, tyro.conf.Positional]  # run folder, one of its checkpoints, or an exported or converted folder
-    format: Literal["fastdit", "diffusers", "pipeline"] = "fastdit"  # what is to open it
+    source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported or converted folder, or hub id
+    format: Literal["fastdit", "release", "diffusers", "pipeline"] = "fastdit"  # what is to open it
     out: str = ""  # folder to write; empty: export-FORMAT in the run folder
     weights: Literal["ema", "live"] = "ema"  # averaged, or as the optimizer left them
     vae: str = ""  # folder or hub id of the autoencoder; empty: as the run's config says
+    license: str = ""  # of the weights, for the card, as the hub names it: mit, cc-by-4.0 …; empty: not stated
     push: str = ""  # hub repository to upload the folder to; empty: none
-    private: bool = False  # make that repository private if it is new
-
-
-class Trained(NamedTuple):
-    """A model's weights and what is known of how they came to be."""
-
-    config: Config
-    tensors: dict[str, Tensor]
-    run: Path  # folder of the run, or the exported folder
-    images_seen: int | None
+    private: bool | None = None  # make that repository private if it is new; without it, as your hub account's default
 
 
 def main() -> None:
@@ -64,56 +59,71 @@ def main() -> None:
 
 def export(options: Options) -> Path:
     """Read, write, describe, upload. Returns the folder. Raises UserError, one line."""
-    trained = find(Path(options.source), options.weights)
+    if options.format == "release":
+        charts.require()
+    trained = find(options.source, options.weights)
     if options.vae:
         trained = trained._replace(config=configs.replace(trained.config, data={"vae": options.vae}))
         configs.validate(trained.config)
+    if options.license and not re.fullmatch(r"[A-Za-z0-9.+-]{1,60}", options.license):
+        raise UserError(f"--license is {options.license!r}; give the hub's name for it: mit, apache-2.0, cc-by-4.0 …")
+    if options.format == "release" and trained.images_seen is None:
+        raise UserError(f"{options.source} is no run; a release has the curves of one")
     out = Path(options.out) if options.out else trained.run / f"export-{options.format}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another --out")
     with torch.device("meta"):
         model = DiT(trained.config.model, REFERENCE)
     folder.assign(model, trained.tensors, str(trained.run), torch.float32)
-    if options.format == "fastdit":
-        folder.save_pretrained(model, out, trained.config)
-    elif options.format == "diffusers":
+    if options.format == "diffusers":
         save_diffusers(model, trained.config, out)
-    else:
+    elif options.format == "pipeline":
         save_pipeline(model, trained.config, out)
-    write_card(trained, options, out, sum(p.numel() for p in model.parameters()))
+    else:
+        metadata = {"converted_from": trained.converted_from} if trained.converted_from else None
+        folder.save_folder(out, {name: p.detach() for name, p in model.named_parameters()}, trained.config, metadata)
+    if options.format == "release":
+        save_curve(trained, out)
+    count = sum(p.numel() for p in model.parameters())
+    write_card(trained, out, options.format, options.push or out.name, options.weights, options.license, count)
+    if options.format == "release":
+        names = sorted(path.name for path in out.iterdir())
+        write_sums(out, {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names})
     print(f"{options.format}: {out}")
     if options.push:
         print(f"uploaded: {folder.upload(out, options.push, private=options.private)}")
     return out
 
 
+def save_curve(trained: Trained, out: Path) -> None:
+    """curve.svg: the run's training and its quality over images seen. Raises UserError."""
+    lines = [line for line in history.read(trained.run / "metrics.jsonl") if line["images"] <= trained.images_seen]
+    curves = [*evaluation.curves(evaluation.evaluations(trained.run)), *history.curves(lines)]
+    (out / "curve.svg").write_text(charts.svg(curves))
+
+
 # --- what is exported ---
 
 
-def find(source: Path, weights: str) -> Trained:
+def find(source: str, weights: str) -> Trained:
     """The newest checkpoint of a run, or a given one, with its bytes verified; or an exported folder. Raises UserError."""
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder; name a run, one of its checkpoints, or an exported folder")
-    if (source / folder.WEIGHTS).is_file():
+    found = folder.locate(source)
+    if found.images_seen is None:
         if weights == "live":
             raise UserError(f"{source} holds one set of weights; --weights live needs a run")
-        return Trained(load_config(source / folder.CONFIG), load_weights(source / folder.WEIGHTS)[0], source, None)
-    found = sorted(source.glob("checkpoints/[0-9]*[0-9]"))
-    checkpoint = found[-1] if found else source
-    run = checkpoint.resolve().parents[1]
-    if not (checkpoint / "checkpoint.json").is_file():
-        raise UserError(f"{source} holds no checkpoint yet")
+        tensors, metadata = load_weights(found.weights)
+        return Trained(found.config, tensors, found.home, None, metadata.get("converted_from", ""))
+    checkpoint = found.weights.parent
     try:
-        sums = read_sums(checkpoint, r"checkpoint\.json|ema\.safetensors|shards/[0-9]{5}-of-[0-9]{5}\.safetensors")
-        names = [n for n in sums if n.startswith("shards/")] if weights == "live" else ["ema.safetensors"]
+        sums = read_sums(checkpoint, FILES)
+        names = [n for n in sums if n.startswith(f"{SHARDS}/")] if weights == "live" else [WEIGHTS]
         if not set(names) <= set(sums):
             raise ValueError("it holds no averaged weights")
-        verify(checkpoint, sums, [*names, "checkpoint.json"])
-        seen = json.loads((checkpoint / "checkpoint.json").read_text())["images_seen"]
-        tensors = live(checkpoint / "shards") if weights == "live" else load_weights(checkpoint / "ema.safetensors")[0]
+        verify(checkpoint, sums, [*names, ABOUT])
+        tensors = live(checkpoint / SHARDS) if weights == "live" else load_weights(checkpoint / WEIGHTS)[0]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"checkpoint {checkpoint}: {error}") from None
-    return Trained(load_config(run / "config.json"), tensors, run, int(seen))
+    return Trained(found.config, tensors, found.home, found.images_seen)
 
 
 def live(shards: Path) -> dict[str, Tensor]:
@@ -195,80 +205,6 @@ def to_diffusers(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[dict[
         "norm_eps": 1e-6,
     }
     return about, state
-
-
-# --- the card ---
-
-OPEN = {
-    "fastdit": """from fastdit.weights.folder import from_pretrained
-
-model, config = from_pretrained("{out}")  # model(x, t, y)""",
-    "diffusers": """from diffusers import DiTPipeline
-
-pipe = DiTPipeline.from_pretrained("{out}")
-# Its guidance takes the null class to be number 1,000; with another number of classes leave it off.
-pipe({labels}, guidance_scale=1.0, num_inference_steps=20).images""",
-    "pipeline": """from fastdit.weights.pipeline import FastDiTPipeline
-
-pipe = FastDiTPipeline.from_pretrained("{out}")
-pipe({labels}num_inference_steps=20).images""",
-}
-FIGURES = {
-    "loss": "loss",
-    "img_per_s": "images per second",
-    "mfu": "MFU",
-    "watts": "watts",
-    "j_per_img": "joules per image",
-    "seconds": "seconds of training",
-    "skipped": "steps skipped",
-}
-
-
-def write_card(trained: Trained, options: Options, out: Path, parameters: int) -> None:
-    """README.md, with the newest sample grid beside it."""
-    config, seen = trained.config, trained.images_seen
-    m, d = config.model, config.data
-    grids = [p for p in sorted(trained.run.glob("samples/*.png")) if p.stem.isdigit() and int(p.stem) <= (seen or 0)]
-    labels = "class_labels=[0, 1]" if m.num_classes > 1 else "class_labels=[0]"
-    if options.format == "pipeline":
-        labels = f"{labels}, " if m.num_classes else "num_images=4, "
-    code = OPEN[options.format].format(out=options.push or out.name, labels=labels)
-    lines = ["---", f"library_name: {'fastdit' if options.format == 'fastdit' else 'diffusers'}"]
-    lines += ["pipeline_tag: unconditional-image-generation", "tags: [diffusion-transformer, fastdit]", "---", ""]
-    lines += [f"# {config.run.name or out.name}", ""]
-    mlp = f"MLP with a {m.conv_kernel}×{m.conv_kernel} depthwise convolution" if m.conv_kernel else "plain MLP"
-    lines += [
-        f"A Diffusion Transformer of {parameters / 1e6:,.1f} M parameters: {m.depth} blocks, width {m.width}, patch {m.patch}, "
-        f"{mlp}, {f'{m.num_classes} classes' if m.num_classes else 'unconditional'}. {d.image_size[0]}×{d.image_size[1]} pixels"
-        + (f", as latents of `{d.vae}`." if d.vae else "."),
-        "",
-    ]
-    if grids:
-        shutil.copyfile(grids[-1], out / "samples.png")
-        lines += [f"![Samples after {int(grids[-1].stem):,} images](samples.png)", ""]
-    lines += ["```python", code, "```", "", "| | |", "| --- | --- |"]
-    rows = {"data": d.path or d.source, "weights": "averaged (EMA)" if options.weights == "ema" else "as trained"}
-    rows |= {} if seen is None else {"images seen": f"{seen:,}"}
-    rows |= {title: f"{value:.4g}" for title, value in figures(trained).items()}
-    lines += [f"| {title} | {value} |" for title, value in rows.items()]
-    recipe = {group: getattr(config, group) for group in ("model", "diffusion", "train")}
-    shown = json.dumps({name: dataclasses.asdict(value) for name, value in recipe.items()}, indent=1)
-    lines += ["", "## Recipe", "", "```json", shown, "```", ""]
-    (out / "README.md").write_text("\n".join(lines))
-
-
-def figures(trained: Trained) -> dict[str, float]:
-    """The last line of the run's metrics that the weights had seen, as far as it is known."""
-    path, last = trained.run / "metrics.jsonl", {}
-    if trained.images_seen is not None and path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:  # cut short by a kill
-                continue
-            if isinstance(line, dict) and line.get("images", 0) <= trained.images_seen and line.get("loss") is not None:
-                last = line
-    return {title: float(last[name]) for name, title in FIGURES.items() if isinstance(last.get(name), int | float)}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,50 @@ def test_the_card_says_what_the_weights_had_seen(make_run):
     assert (out / "samples.png").read_bytes() == b"grid 640"
 
 
+def test_a_release_is_whole_and_checks_itself(make_run, tmp_path):
+    pytest.importorskip("matplotlib")
+    run, config, averaged = make_run(SMALL)
+    out = export(Options(str(run), format="release", license="cc-by-4.0"))
+    names = ["README.md", "SHA256SUMS", "config.json", "curve.svg", "model.safetensors", "samples.png"]
+    assert (out.name, sorted(p.name for p in out.iterdir())) == ("export-release", names)
+    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=out, capture_output=True, text=True, check=True)
+    assert checked.stdout.count(": OK\n") == len(names) - 1
+    card, curve = (out / "README.md").read_text(), (out / "curve.svg").read_text()
+    assert "license: cc-by-4.0" in card
+    assert "](curve.svg)" in card
+    assert curve.startswith("<svg")
+    assert ">loss<" in curve
+    x, t, y = inputs(config)
+    assert torch.equal(from_pretrained(out)[0](x, t, y), averaged(x, t, y))
+    refuses(Options(str(out), format="release", out=str(tmp_path / "again")), "a release has the curves of one")
+    refuses(Options(str(run), out=str(tmp_path / "x"), license="my own, see below\n"), "--license is")
+
+
+def test_the_card_of_converted_weights_invents_nothing(make_run, autoencoder, tmp_path):
+    run, _, _ = make_run(PLAIN, data={"vae": str(autoencoder), "image_size": (16, 16)}, diffusion={"clip_x0": False})
+    theirs = export(Options(str(run), format="diffusers"))
+    converted = convert(ConvertOptions(str(theirs), str(tmp_path / "converted")))
+    for source in (converted, export(Options(str(converted), out=str(tmp_path / "once")))):  # it stays converted
+        card = (export(Options(str(source), out=str(tmp_path / f"from {source.name}"))) / "README.md").read_text()
+        assert "| converted from | export-diffusers |" in card
+        assert "Licence: that of the original weights, `export-diffusers`" in card
+        assert "license: other" in card
+        for invented in ("imagenet", "EMA", "Recipe", '"lr"', "| data |"):
+            assert invented not in card
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_runs_no_code_of_a_folder_unasked(make_run, tmp_path):
+    """Why export writes no pipeline.py: diffusers opens a class of others by custom_pipeline only as remote code."""
+    from diffusers import DiffusionPipeline
+
+    run, _, _ = make_run(SMALL)
+    out = export(Options(str(run), format="pipeline"))
+    (out / "pipeline.py").write_text("from fastdit.weights.pipeline import FastDiTPipeline")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(out, custom_pipeline=str(out / "pipeline.py"))
+
+
 def sampled(options: sample.Options) -> None:
     sample.sample(options)
 
@@ -191,6 +236,8 @@ def test_the_hub_is_given_the_folder_and_gives_it_back(make_run, tmp_path, monke
     loaded, _ = from_pretrained("me/cats", cache_dir=tmp_path / "cache", local_files_only=True)
     x, t, y = inputs(config)
     assert torch.equal(loaded(x, t, y), averaged(x, t, y))
+    export(Options(str(run), push="me/birds", out=str(tmp_path / "pushed")))  # an account's own default is left alone
+    assert ("me/birds", None, True) in calls
     with pytest.raises(UserError, match=r"\Ame/dogs: no such folder, and not loaded from the hub: [^\n]*\Z"):
         from_pretrained("me/dogs", cache_dir=tmp_path / "cache", local_files_only=True)
     monkeypatch.setattr(Api, "upload_folder", lambda *_, **__: 1 / 0)
@@ -199,7 +246,7 @@ def test_the_hub_is_given_the_folder_and_gives_it_back(make_run, tmp_path, monke
 
 def test_what_cannot_be_exported_is_refused_and_nothing_overwritten(make_run, tmp_path):
     run, config, averaged = make_run(SMALL)
-    refuses(Options(str(tmp_path / "nowhere")), "not a folder")
+    refuses(Options(str(tmp_path / "nowhere")), "does not exist")
     (tmp_path / "empty").mkdir()
     refuses(Options(str(tmp_path / "empty")), "no checkpoint yet")
     out = export(Options(str(run)))

@@ -4,8 +4,8 @@
     pipe = FastDiTPipeline.from_pretrained(folder)
     pipe(class_labels=[3, 7], num_inference_steps=20).images
 
-With this package installed, diffusers' own DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder) opens it too: the
-folder's pipeline.py imports the class from here.
+diffusers' own DiffusionPipeline opens no pipeline of others: with custom_pipeline=folder it would run a pipeline.py out of the
+folder, which it does only under trust_remote_code=True. So no folder of ours holds code, and the class comes from here.
 """
 
 import inspect

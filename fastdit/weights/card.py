@@ -1,0 +1,109 @@
+"""A model card: README.md of an exported folder. It says what is known of the weights, and nothing of what is not."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastdit.config import Config, plain
+
+OPEN = {
+    "fastdit": """import fastdit
+
+model = fastdit.load("{out}")  # model(x, t, y)
+pictures = fastdit.sample(model, num=4)  # uint8 [4, 3, rows, columns]""",
+    "diffusers": """from diffusers import DiTPipeline
+
+pipe = DiTPipeline.from_pretrained("{out}")
+# Its guidance takes the null class to be number 1,000; with another number of classes leave it off.
+pipe({labels}, guidance_scale=1.0, num_inference_steps=20).images""",
+    "pipeline": """from fastdit.weights.pipeline import FastDiTPipeline
+
+pipe = FastDiTPipeline.from_pretrained("{out}")
+pipe({labels}num_inference_steps=20).images""",
+}
+OPEN["release"] = OPEN["fastdit"]
+FIGURES = {
+    "loss": "loss",
+    "img_per_s": "images per second",
+    "mfu": "MFU",
+    "watts": "watts",
+    "j_per_img": "joules per image",
+    "seconds": "seconds of training",
+    "skipped": "steps skipped",
+}
+
+
+class Trained(NamedTuple):
+    """A model's weights and what is known of how they came to be."""
+
+    config: Config
+    tensors: dict[str, Tensor]
+    run: Path  # folder of the run, or of the file
+    images_seen: int | None  # None where no run of ours is known
+    converted_from: str = ""  # the file that convert.py read: its training is not known here
+
+
+def write_card(trained: Trained, out: Path, format: str, name: str, weights: str, license: str, parameters: int) -> None:
+    """README.md in the folder `out`, with the newest sample grid and the curve beside it.
+
+    name: where it will be loaded from. weights: ema or live. license: an identifier as the hub lists them; empty: not known.
+    """
+    config, seen, own = trained.config, trained.images_seen, not trained.converted_from
+    m, d = config.model, config.data
+    labels = "class_labels=[0, 1]" if m.num_classes > 1 else "class_labels=[0]"
+    if format == "pipeline":
+        labels = f"{labels}, " if m.num_classes else "num_images=4, "
+    lines = ["---", f"library_name: {'diffusers' if format in ('diffusers', 'pipeline') else 'fastdit'}"]
+    lines += [f"license: {license or ('unknown' if own else 'other')}", "pipeline_tag: unconditional-image-generation"]
+    lines += ["tags: [diffusion-transformer, fastdit]", "---", "", f"# {config.run.name or out.name}", ""]
+    mlp = f"MLP with a {m.conv_kernel}×{m.conv_kernel} depthwise convolution" if m.conv_kernel else "plain MLP"
+    lines += [
+        f"A Diffusion Transformer of {parameters / 1e6:,.1f} M parameters: {m.depth} blocks, width {m.width}, patch {m.patch}, "
+        f"{mlp}, {f'{m.num_classes} classes' if m.num_classes else 'unconditional'}. {d.image_size[0]}×{d.image_size[1]} pixels"
+        + (f", as latents of `{d.vae}`." if d.vae else "."),
+        "",
+    ]
+    grids = [p for p in sorted(trained.run.glob("samples/*.png")) if p.stem.isdigit() and int(p.stem) <= (seen or 0)]
+    if grids and not grids[-1].is_symlink():
+        shutil.copyfile(grids[-1], out / "samples.png")
+        lines += [f"![Samples after {int(grids[-1].stem):,} images](samples.png)", ""]
+    if (out / "curve.svg").is_file():
+        lines += ["![Training, over images seen](curve.svg)", ""]
+    lines += ["```python", OPEN[format].format(out=name, labels=labels), "```", ""]
+    if license:
+        lines += [f"Licence: {license}.", ""]
+    elif own:
+        lines += ["Licence: not stated by whoever trained these weights.", ""]
+    else:
+        lines += [f"Licence: that of the original weights, `{plain(trained.converted_from, 100)}`, which were converted.", ""]
+    lines += ["| | |", "| --- | --- |"]
+    if own:
+        rows = {"data": d.path or "drawn cats", "weights": "averaged (EMA)" if weights == "ema" else "as trained"}
+        rows |= {} if seen is None else {"images seen": f"{seen:,}"}
+        rows |= {title: f"{value:.4g}" for title, value in figures(trained).items()}
+    else:
+        rows = {"converted from": plain(trained.converted_from, 100), "predicts": config.diffusion.prediction}
+    lines += [f"| {title} | {value} |" for title, value in rows.items()]
+    recipe = {group: getattr(config, group) for group in (("model", "diffusion", "train") if own else ("model", "diffusion"))}
+    shown = json.dumps({name: dataclasses.asdict(value) for name, value in recipe.items()}, indent=1)
+    lines += ["", "## Recipe" if own else "## Settings", "", "```json", shown, "```", ""]
+    (out / "README.md").write_text("\n".join(lines))
+
+
+def figures(trained: Trained) -> dict[str, float]:
+    """The last line of the run's metrics that the weights had seen, as far as it is known."""
+    path, last = trained.run / "metrics.jsonl", {}
+    if trained.images_seen is not None and path.is_file():
+        for text in path.read_text(errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):  # cut short by a kill
+                continue
+            images = line.get("images") if isinstance(line, dict) else None
+            if type(images) is int and images <= trained.images_seen and line.get("loss") is not None:
+                last = line
+    return {title: float(last[name]) for name, title in FIGURES.items() if isinstance(last.get(name), int | float)}
