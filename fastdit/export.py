@@ -183,8 +183,8 @@ def to_diffusers(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[dict[
         (config.qk_norm, "has no QK-norm"),
         (config.mlp_ratio != 4, "has an MLP of four times the width"),
         (config.input_size[0] != config.input_size[1], "sees squares"),
-        (config.time_embedding != "diffusers", "embeds t otherwise; one trained with --model.time_embedding diffusers fits"),
-        (moved, "has a fixed position embedding; a model trained with --model.position fixed fits"),
+        (config.time_embedding != "diffusers", "embeds t otherwise; a model that started from diffusers' weights fits"),
+        (moved, "has a fixed position embedding; a model that started from one fits"),
     ):
         if wrong:
             raise UserError(f"diffusers' DiT {why}; use --format pipeline")

@@ -13,8 +13,8 @@ from fastdit.runtime.sharding import fill
 from fastdit.runtime.tensors import load_weights
 from fastdit.weights.folder import fitting, locate
 
-SHAPES = ("depth", "width", "patch", "mlp_ratio", "conv_kernel", "qk_norm")  # what the blocks are: must be the same
-HIDDEN = ("num_heads", "time_embedding", "position")  # no shape tells them, and other values give other outputs: are taken
+SHAPES = ("depth", "width", "patch", "conv_kernel", "qk_norm")  # what the blocks are: must be the same
+HIDDEN = ("num_heads", "time_embedding", "position", "mlp_ratio")  # never typed, and they decide the outputs: are taken
 
 
 def adopt(config: Config, theirs: ModelConfig, source: str) -> Config:
