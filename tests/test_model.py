@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from fastdit_kernels.attention import sdpa
 from fastdit_kernels.reference import REFERENCE
 from torch.nn import functional as F
 
@@ -258,3 +260,31 @@ def test_an_fp32_residual_stream_is_closer_to_fp32(K):
         found[name] = out.detach()
     errors = {name: (found[name] - found["fp32"]).norm() for name in ("bf16", "fp32 stream")}
     assert errors["fp32 stream"] < errors["bf16"]
+
+
+# Whether it trains, and the batch.
+SIZES_MET = [(1, 2), (0, 3), (0, 5), (1, 2), (0, 5), (0, 7), (0, 8), (1, 6), (1, 2), (0, 10), (0, 4), (1, 9), (1, 3), (0, 11)]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at that of each tensor it is given
+def test_a_compiled_run_survives_grids_and_batches_of_any_size():
+    """A graph for the first size of a grad mode and one for all others, whatever the block."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(torch.is_grad_enabled())
+        return graph
+
+    config = ModelConfig(input_size=(4, 4), channels=3, num_classes=5, patch=2, depth=3, width=16, num_heads=2)
+    torch._dynamo.reset()
+    model = DiT(config, REFERENCE._replace(attention=sdpa))
+    model.init_weights(0)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=backend)
+    for training, batch in SIZES_MET:
+        with nullcontext() if training else torch.inference_mode():
+            out = model(torch.zeros(batch, 3, 4, 4), torch.zeros(batch), torch.zeros(batch, dtype=torch.int64))
+        if training:
+            out.sum().backward()
+    torch._dynamo.reset()
+    assert max(graphs.count(True), graphs.count(False)) <= 2
