@@ -139,6 +139,7 @@ class ParallelConfig:
     reshard_after_forward: bool = False  # free gathered weights between forward and backward: less memory, more traffic
     checkpoint_activations: bool = False  # recompute each block in the backward: less memory, a third more FLOPs
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: on a GPU
+    deterministic: bool = False  # the same bits from every run on the same GPUs, at some cost in speed
     timeout_minutes: float = 10.0  # a rank silent for longer ends the run
     shard: Derived[int | None] = None  # ranks a copy of the weights is sharded over; None: those of one node (HSDP)
     threads: Derived[int | None] = None  # CPU threads per rank; None: this rank's share of the cores

@@ -61,6 +61,8 @@ def rank_main(request: dict, rank: int, port: int) -> int:
     os.dup2(log, 2)
     os.environ.update(request["env"], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    # Ranks are processes on the CPU: one GPU is not enough for several.
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     try:

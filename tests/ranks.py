@@ -97,7 +97,9 @@ class Ranks:
                 stdout=subprocess.PIPE,
                 text=True,
                 # One thread each, also in the libraries that start a pool when they are imported: a fork keeps only one.
-                env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env=os.environ
+                | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+                | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"},
             )
         assert self.server.stdin is not None
         assert self.server.stdout is not None

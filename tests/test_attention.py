@@ -77,7 +77,7 @@ def stand_in(name: str, monkeypatch, packed: bool, tuples: bool) -> list[str]:
     ):  # fmt: skip
         assert q.ndim == k.ndim == v.ndim == 4, "flash-attn takes [B, T, H, K]"
         assert not causal
-        calls.append("func")
+        calls.append("func" + ", deterministic" * deterministic)
         return result(q, k, v)
 
     def flash_attn_qkvpacked_func(
@@ -87,7 +87,7 @@ def stand_in(name: str, monkeypatch, packed: bool, tuples: bool) -> list[str]:
         assert qkv.ndim == 5, "flash-attn's packed call takes [B, T, 3, H, K]"
         assert qkv.shape[2] == 3
         assert not causal
-        calls.append("qkvpacked")
+        calls.append("qkvpacked" + ", deterministic" * deterministic)
         return result(*qkv.unbind(2))
 
     module = ModuleType(name)
@@ -115,6 +115,15 @@ def test_flash_is_called_in_its_documented_layout(monkeypatch, name, packed, tup
     torch.testing.assert_close(out.double(), truth(*qkv.unbind(2)), rtol=1e-5, atol=1e-6)
     attention(qkv.unbind(2), backend="flash")
     assert calls == [expected, "func"], "separate q, k, v (QK-norm) take the unpacked call"
+
+
+def test_flash_is_told_to_be_deterministic(monkeypatch):
+    calls = stand_in("flash_attn", monkeypatch, packed=True, tuples=False)
+    qkv = torch.randn(2, 6, 3, 2, 8)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    attention(qkv, backend="flash")
+    attention(qkv.unbind(2), backend="flash")
+    assert calls == ["qkvpacked, deterministic", "func, deterministic"]
 
 
 def test_auto_never_takes_flash_on_a_cpu(monkeypatch):

@@ -1,5 +1,7 @@
 """One rank without FSDP against FSDP over one rank, and what several ranks send each other, in which order."""
 
+import dataclasses
+import os
 import warnings
 
 import pytest
@@ -139,3 +141,31 @@ def test_the_modulation_is_reduced_when_its_gradient_is_whole_and_the_root_last(
     for sizes, parts in run_ranks(2, sent, init=False):
         names = [min(parts, key=lambda part: abs(parts[part] - size)) for size in sizes]
         assert names == ["block", "block", "block", "modulation", "root"]
+
+
+def settings(parallel: ParallelConfig) -> tuple[bool, bool, bool, bool, str]:
+    model = made(False, parallel)
+    losses = [backward(model, 0), backward(model, 0)]  # and no op refuses
+    ranks.shutdown()
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled() or torch.backends.cuda.cudnn_sdp_enabled(),
+        losses[0] == losses[1],
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""),
+    )
+
+
+def test_deterministic_leaves_a_gpu_no_choice(run_ranks):
+    asked = dataclasses.replace(BF16, deterministic=True)
+    assert run_ranks(1, settings, asked, init=False) == [(True, True, False, True, ":4096:8")]
+    assert run_ranks(1, settings, BF16, init=False) == [(False, True, True, True, "")]
+
+
+def visible() -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_ranks_of_a_test_see_no_gpu(run_ranks, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert run_ranks(2, visible) == ["", ""]

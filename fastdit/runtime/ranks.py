@@ -34,6 +34,8 @@ def init(config: ParallelConfig) -> World:
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if size % (config.shard or local_size):
         raise UserError(f"--parallel.shard {config.shard or local_size} does not divide the {size} ranks")
+    if config.deterministic:
+        deterministic()
     if torch.cuda.is_available():
         if local_size > torch.cuda.device_count():
             raise UserError(f"{local_size} processes on this node, which has {torch.cuda.device_count()} GPUs")
@@ -59,6 +61,21 @@ def init(config: ParallelConfig) -> World:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return World(rank, size, local_rank, local_size, device)
+
+
+def deterministic() -> None:
+    """Have every op give the same bits each time it is given the same numbers. An op that cannot raises RuntimeError.
+
+    A GPU sums in whatever order its blocks finish in: the backward of attention and of an embedding, some of cuBLAS's products.
+    To be called before the first product: cuBLAS reads its variable once. flash-attn has its own flag (attention.py).
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over each allocation, to find bugs
+    torch.backends.cudnn.benchmark = False  # it times algorithms, and takes another one another time
+    # PyTorch's own flash attention has a deterministic backward; these two have none.
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def keep_freed_memory() -> None:

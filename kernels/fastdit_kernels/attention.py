@@ -53,7 +53,9 @@ def choose_attention(
     fits = device.type == "cuda" and dtype in FLASH_DTYPES and head_dim <= FLASH_MAX_HEAD_DIM
     module = _flash_module(device) if backend == "flash" or fits else None
     if module is not None:
-        return partial(_flash, module=module)
+        # Its backward adds atomically, in whatever order, unless it is told not to.
+        options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+        return partial(_flash, module=module, options=options)
     if backend == "flash":
         raise ValueError("attention backend 'flash' needs the flash-attn package: pip install 'fastdit[flash]'")
     return sdpa
@@ -111,11 +113,11 @@ def sdpa(qkv: QKV) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def _flash(qkv: QKV, module: ModuleType) -> Tensor:
+def _flash(qkv: QKV, module: ModuleType, options: dict[str, bool]) -> Tensor:
     packed = getattr(module, "flash_attn_qkvpacked_func", None)
     if isinstance(qkv, Tensor) and packed is not None:
-        out = packed(qkv)  # its backward writes one dqkv, where three gradients would be stacked by a copy
+        out = packed(qkv, **options)  # its backward writes one dqkv, where three gradients would be stacked by a copy
     else:
-        out = module.flash_attn_func(*(qkv.unbind(2) if isinstance(qkv, Tensor) else qkv))
+        out = module.flash_attn_func(*(qkv.unbind(2) if isinstance(qkv, Tensor) else qkv), **options)
     # Some releases of flash-attn 3 return (out, softmax_lse).
     return (out[0] if isinstance(out, tuple) else out).flatten(2)
