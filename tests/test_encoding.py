@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import resource
 import signal
 import tempfile
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastdit.config import RECIPES, Config, UserError, fit, replace
 from fastdit.data import chunks, encoding, images
 from fastdit.data import pack as packs
 from fastdit.data.decode import TRANSFORMS
+from fastdit.encode import report
 from fastdit.runtime.ranks import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -76,7 +78,7 @@ def encode(config: Config, chunk: int, kill_at: int = -1, kill_rank: int = 0) ->
         if next(steps) == kill_at and rank == kill_rank:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def writing(path, blocks):
+    def writing(path, blocks, sync=True):
         def stepping():
             for block in blocks:
                 step()
@@ -85,7 +87,7 @@ def encode(config: Config, chunk: int, kill_at: int = -1, kill_rank: int = 0) ->
                 yield block[len(block) // 2 :]
 
         step()
-        write(path, stepping())
+        write(path, stepping(), sync)
         encoded.append(path.suffix == ".bin" and path.stem.isdigit())
 
     with pytest.MonkeyPatch.context() as patch:
@@ -309,7 +311,7 @@ def refused(config: Config, full_rank: int = -1) -> str:
     """As one rank: the line that encoding ends with. On `full_rank` the disk is full."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-    def full(path, blocks):
+    def full(path, blocks, sync=True):
         raise OSError(28, "No space left on device", str(path))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -381,18 +383,50 @@ def test_a_commit_that_says_nothing_is_written_anew(config, tmp_path, there):
     assert encode(config, 10) == (truth, 5)
 
 
-def test_a_full_disk_names_the_file(config, monkeypatch):
-    class Full(io.FileIO):
-        def write(self, data):
-            raise OSError(28, "No space left on device")  # as the system says it: without a name
+def test_a_disk_that_takes_no_more_is_named_with_the_file(config):
+    """The system's own error has no name in it; a limit on the size of files stands in for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(UserError, match=r"partial/0000000\.bin: File too large"):
+            encoding.ensure(config, ALONE, quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    encoding.ensure(config, ALONE, quiet)
 
-    def opened(path: Path, mode: str = "r", *rest, **options):
-        return Full(str(path), mode) if mode == "wb" else open_file(path, mode, *rest, **options)
 
-    open_file = Path.open
-    monkeypatch.setattr(Path, "open", opened)
-    with pytest.raises(UserError, match=r"partial/0000000\.bin\S*: No space left on device"):
-        encoding.ensure(config, ALONE, quiet)
+def test_names_from_outside_are_printable(config, tmp_path):
+    """Names of folders and files that hold escape sequences and line ends, in the log, in the report and in errors."""
+    evil = "a\x1b[2J\nerror: forged\x07"
+    for n in range(3):
+        file = tmp_path / evil / (evil + str(n % 2)) / f"{n}{evil}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(n)).save(file)
+    (file.parent / f"x{evil}.png").write_bytes(b"")
+    lines: list[str] = []
+    own = replace(config, data={"path": str(tmp_path / evil), "max_bad": 0.5}, model={"num_classes": 2})
+    path = encoding.ensure(own, ALONE, lines.append)
+    lines += report(path)
+    manifest = packs.read_manifest(path)
+    assert manifest.class_names == [evil + "0", evil + "1"]
+    lines += packs.changes({}, packs.identity(manifest))
+    images.open_images(own.data)
+    for wrong in (
+        {"max_bad": 0.1, "num_images": 4},
+        {"path": str(tmp_path / evil / "none")},
+        {"vae": evil},
+    ):
+        with pytest.raises(UserError) as caught:
+            encoding.ensure(
+                replace(own, data={"packs": str(tmp_path / "more"), **wrong}, model={"num_classes": 5}), ALONE, lines.append
+            )
+        lines.append(str(caught.value))
+    Image.fromarray(picture(0)).save(tmp_path / evil / "beside.png")
+    with pytest.raises(UserError) as caught:
+        images.open_images(own.data)
+    lines.append(str(caught.value))
+    assert len(lines) > 12
+    assert [line for line in lines if not line.isprintable()] == []
 
 
 @pytest.mark.parametrize("num", [1, 3])

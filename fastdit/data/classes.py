@@ -1,12 +1,11 @@
 """classes.json of a run folder: what the classes are called, so that a picture can be asked for by name."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastdit.config import UserError, nearest, plain
-from fastdit.runtime.files import read_file
+from fastdit.runtime.files import read_file, write_text
 
 FILE = "classes.json"
 LIMIT = 1 << 26  # bytes; the names of ImageNet's classes have 30,000
@@ -15,9 +14,7 @@ LIMIT = 1 << 26  # bytes; the names of ImageNet's classes have 30,000
 def write(folder: Path, names: Sequence[str]) -> None:
     """Keep the names of classes 0, 1, … in a folder; nothing is written where there are none. Raises OSError."""
     if names:
-        aside = folder / f".{FILE}.{os.getpid()}.tmp"
-        aside.write_text(json.dumps(list(names), indent=0) + "\n")
-        aside.replace(folder / FILE)
+        write_text(folder / FILE, json.dumps(list(names), indent=0) + "\n")
 
 
 def read(folder: Path) -> list[str]:

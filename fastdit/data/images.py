@@ -141,7 +141,7 @@ def _folder(data: DataConfig, root: Path, files: list[Parts], refused: dict[Part
             content = refused.get(part) or root.joinpath(*part)
             yield Row("/".join(part), content, numbers.get(part[0]) if names else None)
 
-    return ImageSource(str(root), length, data.image_size, bool(names), names, rows, threads, data.crop)
+    return ImageSource(plain(root, 4096), length, data.image_size, bool(names), names, rows, threads, data.crop)
 
 
 def scan(path: str) -> tuple[Path, list[Parts], dict[Parts, str]]:

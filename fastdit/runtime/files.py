@@ -116,10 +116,11 @@ def verify(folder: Path, sums: Mapping[str, str], names: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
+def atomic(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """A file to write. When the block ends it is on the disk under `path`; if the block fails, `path` is as it was.
 
-    Meanwhile it is called .NAME.PID.tmp and lies beside `path`. No link is followed. Raises OSError, which names `path`.
+    Meanwhile it is called .NAME.PID.tmp and lies beside `path`. No link is followed. sync=False does not wait for the disk: a
+    power cut may then leave the name without the content. Raises OSError, which names `path`.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -127,9 +128,11 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         with open(os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.rename(aside, path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
