@@ -48,25 +48,30 @@ class PlainBlock(nn.Module):
 
 
 class PlainDiT(nn.Module):
-    """A DiT of standard modules, fp32 parameters, to be run under autocast."""
+    """A DiT of standard modules, fp32 parameters, to be run under autocast. num_classes: 0 for a model without labels."""
 
-    def __init__(self, size: int, channels: int, patch: int, depth: int, width: int, num_heads: int, conv: bool):
+    def __init__(
+        self, size: int, channels: int, patch: int, depth: int, width: int, num_heads: int, conv: bool, num_classes: int = 0
+    ):
         super().__init__()
         self.patch, side = patch, size // patch
         self.x_embedder = nn.Conv2d(channels, width, patch, stride=patch)
         self.pos_embed = nn.Parameter(torch.randn(1, side * side, width) * 0.02)
+        self.y_embedder = nn.Embedding(num_classes, width) if num_classes else None
         self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(PlainBlock(width, num_heads, (side, side), conv) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.linear = nn.Linear(width, patch * patch * channels)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         B, C, rows, columns = x.shape
         p = self.patch
         h = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed
         angles = t[:, None].float() * torch.exp(torch.arange(128, device=t.device) * (-9.21034 / 128))
         c = self.t_embedder(torch.cat([angles.cos(), angles.sin()], dim=1))
+        if self.y_embedder is not None and y is not None:
+            c = c + self.y_embedder(y)
         for block in self.blocks:
             h = block(h, c)
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=2)

@@ -12,8 +12,8 @@ from fastdit.runtime.files import read_file
 
 LIMIT = 1 << 28  # bytes of metrics.jsonl
 
-# What the meter writes: key, title of its chart, factor, whether the axis is logarithmic, and whether the first line counts,
-# for throughput has compilation in it.
+# What the meter writes: key, title of its chart, factor, whether the axis is logarithmic, and whether the first line counts:
+# its throughput has compilation in it.
 CURVES = (
     ("loss", "loss", 1, True, True),
     ("grad_norm", "gradient norm", 1, True, True),

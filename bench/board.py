@@ -1,0 +1,189 @@
+"""Quality per second: train each row for the same seconds on this machine, score it at fixed times, and write the board.
+
+    python bench/board.py [ROW …] --seconds 240 --seeds 3
+
+A row is a recipe, trained as its users train it. The clock runs while it trains, not while it is scored. What is done is kept
+in bench/results/board-DEVICE.json row by row, so a board that was stopped goes on where it was. The table and docs/board.png
+are made anew from all rows there are. Figures are of drawn cats, and not comparable with a published FID or KID.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from board_page import FIGURES, curves, table
+from board_rows import ROWS, Ours, Plain, Row
+
+from fastdit import command
+from fastdit import config as configs
+from fastdit.config import UserError
+from fastdit.data import encoding
+from fastdit.quality import charts, evaluation, references
+from fastdit.quality.scores import Judge
+from fastdit.runtime import ranks
+from fastdit.runtime.hardware import Energy, has_bf16
+from fastdit.runtime.ranks import World
+
+TIMES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # shares of the seconds at which a row is scored
+ROOT = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Options:
+    rows: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # rows to train; without any, all
+    seconds: float = 240.0  # of training for each row and seed
+    seeds: int = 3  # runs of each row
+    num: int = 2_000  # pictures scored, and held-out cats they are compared with
+    packs: str = "packs"  # where the encoded cats live
+    results: str = str(ROOT / "results")  # folder of board-DEVICE.json
+    docs: str = str(ROOT.parent / "docs")  # folder of board.png
+
+
+def measure(row: Row, options: Options, world: World, pack: encoding.Pack, judge: Judge) -> list[dict[str, Any]]:
+    """Train a row for its seconds; a point for each of TIMES: seconds, images, joules where they are known, and the figures."""
+    run = (Plain if row.plain else Ours)(row, world, pack, options.seconds)
+    synchronize = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
+    meter = Joules(world)
+    seen, trained_s, points = 0, 0.0, []
+    joules: float | None = 0.0
+    for share in TIMES:
+        before = meter.read()
+        while trained_s < share * options.seconds:
+            start = time.perf_counter()
+            run.step(seen, trained_s)
+            synchronize()
+            trained_s += time.perf_counter() - start
+            seen += row.config.train.batch
+        after = meter.read()
+        joules = joules + after - before if None not in (joules, before, after) else None
+        scores = judge.score(run.pictures(judge.num))
+        points.append({"seconds": trained_s, "images": seen, "joules": joules, **scores._asdict()})
+        print(f"  {trained_s:7.1f} s  {seen:9,} images  " + "  ".join(f"{k} {points[-1][k]:.4g}" for k in FIGURES), flush=True)
+    return points
+
+
+class Joules:
+    """Energy used so far: of the GPUs by NVML, of a CPU by RAPL where the system lets it be read; else None."""
+
+    def __init__(self, world: World):
+        self.gpus = Energy(1 if world.device.type == "cuda" else 0)
+        self.on_gpu = world.device.type == "cuda"
+        self.total, self.last = 0.0, self._counters()
+
+    def read(self) -> float | None:
+        if self.on_gpu:
+            return self.gpus.joules()
+        now = self._counters()
+        if not now:
+            return None
+        for path, (value, wraps_at) in now.items():
+            self.total += (value - self.last.get(path, (value, 0))[0]) % wraps_at / 1e6
+        self.last = now
+        return self.total
+
+    @staticmethod
+    def _counters() -> dict[Path, tuple[int, int]]:
+        """Microjoules of each processor, and where its counter starts anew."""
+        found = {}
+        for path in sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]*")):
+            if path.name.count(":") == 1:
+                with contextlib.suppress(OSError, ValueError):
+                    wraps_at = int((path / "max_energy_range_uj").read_text()) + 1
+                    found[path] = int((path / "energy_uj").read_text()), wraps_at
+        return found
+
+
+def main() -> None:
+    """python bench/board.py [ROW …] [--seconds S] [--seeds N]"""
+    command.exit_cleanly(lambda: board(command.parse_args(Options, sys.argv[1:], "bench/board.py", __doc__ or "")))
+
+
+def board(options: Options, rows: Mapping[str, Row] = ROWS) -> None:
+    """Train and score what is not there yet, and write the results, the table and the picture. Raises UserError."""
+    charts.require()
+    for name in options.rows:
+        if name not in rows:
+            raise UserError(f"unknown row {name!r}{configs.nearest(name, rows)}; rows are {', '.join(rows)}")
+    if options.seconds <= 0 or options.seeds <= 0 or options.num < 16:
+        raise UserError("--seconds and --seeds must be positive, and --num at least 16")
+    first = next(iter(rows.values())).config
+    world = ranks.init(first.parallel)
+    path = Path(options.results) / f"board-{slug(world.device)}.json"
+    kept = read(path)
+    missing = [
+        (name, seed, row._replace(config=configs.replace(row.config, run={"seed": seed}, data={"packs": options.packs})))
+        for name, row in rows.items()
+        if name in (options.rows or rows)
+        for seed in range(options.seeds)
+    ]
+    missing = [(name, seed, row) for name, seed, row in missing if not any(same(old, name, seed, row, options) for old in kept)]
+    if missing:
+        judge = references.open_judge(configs.replace(first, data={"packs": options.packs}), options.num, world.device)
+        for number, (name, seed, row) in enumerate(missing, 1):
+            print(f"{number} of {len(missing)}: {name}, seed {seed}: {row.about}", flush=True)
+            with contextlib.closing(encoding.open_pack(row.config, world)) as pack:
+                points = measure(row, options, world, pack, judge)
+            floor = {k: getattr(judge.floor, k) for k in FIGURES}
+            about = {"commit": commit(), "torch": torch.__version__, "device": device_name(world.device)}
+            entry = {**key(name, seed, row, options), "about": row.about, **about, "floor": floor, "points": points}
+            kept = [old for old in kept if (old["row"], old["seed"]) != (name, seed)] + [entry]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            evaluation.write(path, json.dumps(kept, indent=1) + "\n")
+    ranks.shutdown()
+    found = [entry for entry in kept if entry["row"] in rows]
+    print(table(found, rows))
+    Path(options.docs).mkdir(parents=True, exist_ok=True)
+    (Path(options.docs) / "board.png").write_bytes(charts.png(curves(found, rows)))
+
+
+def key(name: str, seed: int, row: Row, options: Options) -> dict[str, Any]:
+    """What an entry follows from. The settings that say where files lie are not in it."""
+    settings = json.loads(json.dumps({g: dataclasses.asdict(getattr(row.config, g)) for g in ("model", "diffusion", "train")}))
+    how = {"plain": row.plain, "averaged": row.averaged, "settings": settings}
+    return {"row": name, "seed": seed, "seconds": options.seconds, "num": options.num, **how}
+
+
+def same(old: Mapping[str, Any], name: str, seed: int, row: Row, options: Options) -> bool:
+    wanted = key(name, seed, row, options)
+    return {k: old.get(k) for k in wanted} == wanted
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The entries kept on this kind of device. Raises UserError for a file that holds something else."""
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, list) or not all(isinstance(e, dict) and {"row", "seed", "points"} <= e.keys() for e in found):
+            raise ValueError("no list of rows")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a board ({configs.plain(error, 100)}); move it away to start anew") from None
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def slug(device: torch.device) -> str:
+    """The kind of device as a file's name has it."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU" if has_bf16(device) else "CPU fp32"
+    return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
