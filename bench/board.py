@@ -28,9 +28,10 @@ from fastdit import command
 from fastdit import config as configs
 from fastdit.config import UserError
 from fastdit.data import encoding
-from fastdit.quality import charts, evaluation, references
+from fastdit.quality import charts, references
 from fastdit.quality.scores import Judge
 from fastdit.runtime import ranks
+from fastdit.runtime.files import write_text
 from fastdit.runtime.hardware import Energy, has_bf16
 from fastdit.runtime.ranks import World
 
@@ -138,7 +139,7 @@ def board(options: Options, rows: Mapping[str, Row] = ROWS) -> None:
             entry = {**key(name, seed, row, options), "about": row.about, **about, "floor": floor, "points": points}
             kept = [old for old in kept if (old["row"], old["seed"]) != (name, seed)] + [entry]
             path.parent.mkdir(parents=True, exist_ok=True)
-            evaluation.write(path, json.dumps(kept, indent=1) + "\n")
+            write_text(path, json.dumps(kept, indent=1) + "\n")
     ranks.shutdown()
     found = [entry for entry in kept if entry["row"] in rows]
     print(table(found, rows))

@@ -18,6 +18,7 @@ from fastdit.config import UserError
 from fastdit.data import encoding
 from fastdit.quality import features
 from fastdit.runtime import ranks
+from fastdit.runtime.run import differences
 
 pytest.importorskip("matplotlib")
 
@@ -118,7 +119,7 @@ def test_every_row_is_valid_and_each_less_is_ours_but_for_one_thing():
     }
     for name, settings in changed.items():
         row = rows.ROWS[name]
-        assert {d.partition(":")[0] for d in C.differences(row.config, ours)} == settings, name
+        assert {d.partition(":")[0] for d in differences(row.config, ours)} == settings, name
         assert row.averaged == (name != "no-ema")
     assert rows.ROWS["before"].config.diffusion == C.DiffusionConfig(prediction="x0")
     assert (rows.ROWS["before"].config.train.lr, rows.ROWS["slow"].config.train.lr) == (1e-3, 1e-3)

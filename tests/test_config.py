@@ -65,11 +65,11 @@ BAD = [
     (["--sample.steps", "0"], "--sample.steps is 0"),
     (["--sample.steps", "2000"], "--sample.steps 2000 is more than"),
     (["--sample.guidance", "2"], "--sample.guidance 2 needs"),
-    (["--sample.sampler", "euler"], "--sample.sampler euler does not sample"),
+    (["--diffusion.kind", "ddpm", "--sample.sampler", "euler"], "--sample.sampler euler does not sample"),
     (["--diffusion.kind", "flow", "--sample.sampler", "ddim"], "use euler"),
     (["--diffusion.kind", "flow", "--model.learn_sigma"], "--model.learn_sigma"),
     (["--diffusion.kind", "flow", "--diffusion.prediction", "v"], "use velocity or x0"),
-    (["--diffusion.prediction", "velocity"], "use epsilon, v or x0"),
+    (["--diffusion.kind", "ddpm", "--diffusion.prediction", "velocity"], "use epsilon or v or x0"),
     (["--diffusion.flow_t_logit", "nan", "1"], "--diffusion.flow_t_logit"),
     (["--diffusion.flow_clamp", "0"], "--diffusion.flow_clamp is 0; it must be positive"),
     (["--run.name", "../x"], "--run.name '../x'"),
@@ -184,4 +184,4 @@ def test_every_field_has_help_and_there_are_few():
 def test_differences_name_both_values():
     a, b = cli(), cli("--train.lr", "0.5")
     assert differences(a, a) == []
-    assert differences(a, b) == ["train.lr: 0.001 here, 0.5 there"]
+    assert differences(a, b) == ["train.lr: 0.002 here, 0.5 there"]

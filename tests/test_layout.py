@@ -140,6 +140,7 @@ def test_what_is_tested_exists():
     stems = {p.stem for p in SOURCES}
     whole = {
         "layout",  # the house itself
+        "board",  # bench/board.py, quality per second
         "aot",  # every kernel, compiled ahead of time
         "ptx",  # every kernel, as it is compiled, executed without a GPU
         "ptx_machine",  # what executes it

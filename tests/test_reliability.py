@@ -33,7 +33,6 @@ from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, TrainConfig
 from fastdit.data.encoding import Pack
-from fastdit.diffusion import DDPM
 from fastdit.meter import Meter
 from fastdit.model import DiT
 from fastdit.optim import Optimizer, Spikes
@@ -581,9 +580,14 @@ def test_skips_in_a_row_end_the_run_on_all_ranks(run_ranks, finish, plain, packs
         assert_finite(checkpoint)
 
 
+def scale_images(factor: Callable[[int], float]) -> None:
+    """Multiply the images of each micro-step by a factor that depends on the number of the first."""
+    draw = train.draw
+    train.draw = lambda objective, x0, *rest: draw(objective, x0 * factor(rest[-1]), *rest)
+
+
 def run_with_nan_from(config: Config, first: int) -> None:
-    loss = DDPM.loss
-    DDPM.loss = lambda *args: loss(*args) * (float("nan") if args[-1] >= (first - 1) * BATCH else 1)
+    scale_images(lambda image: float("nan") if image >= (first - 1) * BATCH else 1.0)
     run(config)
 
 
@@ -636,16 +640,17 @@ def test_what_is_no_number_never_enters_the_window():
 
 def run_with_spike(config: Config, at: int, victim: int, place: str, number: int) -> None:
     Spikes.FEW = 3
-    loss, first = DDPM.loss, (at - 1) * BATCH
+    first = (at - 1) * BATCH
     rank = int(os.environ["RANK"])
-    DDPM.loss = lambda *args: loss(*args) * (50 if rank == victim and first <= args[-1] < first + BATCH else 1)
+    scale_images(lambda image: 50.0 if rank == victim and first <= image < first + BATCH else 1.0)
     hooked_run(config, place, number, (0, 1))
 
 
 def test_a_spike_on_one_rank_is_skipped_by_all_and_the_window_survives_a_kill(run_ranks, finish, packs, tmp_path):
     def config(folder: Path) -> Config:
         c = tiny(folder, packs, 2)
-        return C.replace(c, train={"spike_sigma": 6.0})
+        # Under DDPM: the loss of flow's velocity scatters so far over a few images that three losses tell no spike.
+        return C.replace(c, train={"spike_sigma": 6.0}, diffusion={"kind": "ddpm"})
 
     finish(config(tmp_path / "plain"), 2, run_with_spike, 6, 1, "step", 0)
     assert [line[4] for line in curve(tmp_path / "plain")] == [0, 0, 0, 0, 0, 1, 1, 1]
@@ -665,7 +670,7 @@ def run_without_memory(config: Config, victim: int, how: str) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     if int(os.environ["RANK"]) == victim:
-        DDPM.loss = empty
+        train.draw = empty
     run(config)
 
 
