@@ -4,6 +4,8 @@ On a GPU a time is the median between device events with L2 flushed before each 
 bandwidth stands beside the copy, and every rate of arithmetic beside the matrix product, measured in the same run.
 """
 
+import fastdit  # noqa: F401  # isort: skip  before torch
+
 import importlib.util
 import statistics
 import sys

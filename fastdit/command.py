@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import json
 import os
 import re
 import signal
 import sys
+import time
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, TypeVar
 import tyro
 
 from fastdit.config import RECIPES, Config, RankError, UserError, derive, nearest, plain, replace, validate
+from fastdit.runtime import process, ranks
 from fastdit.runtime.run import CONFIG, load_config
 
 T = TypeVar("T")
@@ -158,20 +161,51 @@ def _option_names(cls: type, prefix: str = "") -> list[str]:
     return names
 
 
-def exit_cleanly(main: Callable[[], int | None], rank: int = 0) -> None:
-    """Run a verb and exit with its status; a UserError becomes one line on stderr (rank 0's) and status 2, on every rank.
+def run(verb: Callable[[T], object], parse: Callable[[Sequence[str]], T], no_memory: Callable[[T], str] | None = None) -> None:
+    """What the main() of each verb is: read the command line, do the work, exit by `exit_cleanly`.
 
-    A RankError becomes its own rank's line and status 1, and Ctrl-C status 130.
+    verb: the work; a number that it returns is the exit status. parse: makes of the arguments what `verb` takes.
+    no_memory: the line to end with where memory runs out.
+    """
+    process.outlive_terminal()
+    process.end_with_parent()
+
+    def work() -> int | None:
+        options = parse(sys.argv[1:])
+        try:
+            status = verb(options)
+            return status if isinstance(status, int) else 0
+        except (RuntimeError, MemoryError) as error:
+            if no_memory is None or not ranks.out_of_memory(error):
+                raise
+        # Outside the except clause, so that what the traceback held is free again.
+        raise RankError(no_memory(options))
+
+    exit_cleanly(lambda: ranks.as_one(work), int(os.environ.get("RANK", 0)))
+
+
+def exit_cleanly(main: Callable[[], int | None], rank: int = 0) -> None:
+    """Exit with main()'s status, or 2 after a UserError (rank 0 prints it), 1 after a RankError (its own rank does).
+
+    Ctrl-C exits with 130 where nothing was there to save. torchrun is given the error too, for its summary.
     """
     try:
         sys.exit(main())
     except RankError as error:
-        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        _say(f"error: rank {rank}: {error}")
         sys.stdout.flush()
         os._exit(1)  # threads and groups that still wait for another rank would keep a proper exit waiting too
     except UserError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}", rank == 0)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def _say(line: str, aloud: bool = True) -> None:
+    if aloud:
+        print(line, file=sys.stderr, flush=True)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # as torch.distributed.elastic.multiprocessing.errors reads it
+    if file:
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))

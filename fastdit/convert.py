@@ -4,7 +4,8 @@ The result is a folder that sample.py, train.py --train.init_from and fastdit.lo
 rounding. No code in a file is run: safetensors, or torch.save's files by torch.load(weights_only=True).
 """
 
-import sys
+import fastdit  # noqa: F401  # isort: skip  before torch
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,11 +32,7 @@ class Options:
 
 def main() -> None:
     """python fastdit/convert.py SOURCE [--field VALUE …]"""
-
-    def verb() -> None:
-        convert(command.parse_args(Options, sys.argv[1:], "fastdit/convert.py", __doc__ or ""))
-
-    command.exit_cleanly(verb)
+    command.run(convert, lambda argv: command.parse_args(Options, argv, "fastdit/convert.py", __doc__ or ""))
 
 
 def convert(options: Options) -> Path:

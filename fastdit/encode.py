@@ -1,9 +1,9 @@
 """Encode a recipe's images into the pack that training reads: `torchrun fastdit/encode.py [RECIPE]`, and check packs."""
 
+import fastdit  # noqa: F401  # isort: skip  before torch
+
 import contextlib
 import itertools
-import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from fastdit import pictures, sampling
-from fastdit.command import exit_cleanly, parse
+from fastdit.command import parse, run
 from fastdit.config import Config, UserError, plain
 from fastdit.data import encoding, images, vae
 from fastdit.data import pack as packs
@@ -116,8 +116,7 @@ def _numbers(values: Tensor) -> str:
     return " ".join(f"{x:.3f}" for x in values.tolist())
 
 
-def _main() -> None:
-    arguments = sys.argv[1:]
+def _main(arguments: list[str]) -> None:
     if arguments[:1] == ["verify"]:
         if len(arguments) != 2:
             raise UserError("verify takes one argument, the folder of a pack")
@@ -129,7 +128,7 @@ def _main() -> None:
 
 
 def main() -> None:
-    exit_cleanly(lambda: ranks.as_one(_main), rank=int(os.environ.get("RANK", 0)))
+    run(_main, list)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ torchrun --nproc-per-node N shares the work. Pictures are numbered; picture n of
 run folder as they are made: the same command, killed or not, goes on where it was, on any number of processes.
 """
 
+import fastdit  # noqa: F401  # isort: skip  before torch
+
 import dataclasses
 import hashlib
 import json
-import os
-import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,12 +62,7 @@ class Options:
 
 def main() -> None:
     """torchrun fastdit/evaluate.py RUN [--field VALUE …]"""
-    rank = int(os.environ.get("RANK", 0))
-
-    def run() -> None:
-        evaluate(command.parse_args(Options, sys.argv[1:], "fastdit/evaluate.py", __doc__ or ""))
-
-    command.exit_cleanly(lambda: ranks.as_one(run), rank)
+    command.run(evaluate, lambda argv: command.parse_args(Options, argv, "fastdit/evaluate.py", __doc__ or ""))
 
 
 def evaluate(options: Options) -> None:

@@ -8,10 +8,11 @@ pipeline    fastdit.weights.pipeline.FastDiTPipeline, for any model, with diffus
 Each with a model card: what the weights are, images seen, the run's figures and its newest sample grid, the licence.
 """
 
+import fastdit  # noqa: F401  # isort: skip  before torch
+
 import dataclasses
 import hashlib
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,11 +51,7 @@ class Options:
 
 def main() -> None:
     """python fastdit/export.py RUN [--field VALUE …]"""
-
-    def verb() -> None:
-        export(command.parse_args(Options, sys.argv[1:], "fastdit/export.py", __doc__ or ""))
-
-    command.exit_cleanly(verb)
+    command.run(export, lambda argv: command.parse_args(Options, argv, "fastdit/export.py", __doc__ or ""))
 
 
 def export(options: Options) -> Path:

@@ -3,6 +3,8 @@
 Every figure is a count, or a bound from data sheets; nothing is measured, no GPU is needed, and a real step takes longer.
 """
 
+import fastdit  # noqa: F401  # isort: skip  before torch
+
 import dataclasses
 import difflib
 import sys
@@ -39,7 +41,7 @@ class Options(Config):
 
 def main() -> None:
     """python fastdit/plan.py [RECIPE] [--gpus N] [--gpu NAME] [--field VALUE …]"""
-    command.exit_cleanly(lambda: plan(parse(sys.argv[1:])))
+    command.run(plan, parse)
 
 
 def parse(argv: Sequence[str]) -> Options:

@@ -1,9 +1,10 @@
 """A finished run as one page: samples over time, loss, throughput, power, quality. One HTML file that needs nothing else."""
 
+import fastdit  # noqa: F401  # isort: skip  before torch
+
 import base64
 import dataclasses
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -38,7 +39,11 @@ class Options:
 
 def main() -> None:
     """python fastdit/report.py RUN [--out FILE]"""
-    command.exit_cleanly(lambda: print(report(command.parse_args(Options, sys.argv[1:], "fastdit/report.py", __doc__ or ""))))
+
+    def parse(argv: Sequence[str]) -> Options:
+        return command.parse_args(Options, argv, "fastdit/report.py", __doc__ or "")
+
+    command.run(lambda options: print(report(options)), parse)
 
 
 def report(options: Options) -> Path:

@@ -3,9 +3,9 @@
 Picture n of a seed is the same whatever the batch and the number of processes: torchrun --nproc-per-node N shares the work.
 """
 
-import os
+import fastdit  # noqa: F401  # isort: skip  before torch
+
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -52,12 +52,7 @@ class Options:
 
 def main() -> None:
     """torchrun fastdit/sample.py RUN [--field VALUE …]"""
-    rank = int(os.environ.get("RANK", 0))
-
-    def run() -> None:
-        sample(command.parse_args(Options, sys.argv[1:], "fastdit/sample.py", __doc__ or ""))
-
-    command.exit_cleanly(lambda: ranks.as_one(run), rank)
+    command.run(sample, lambda argv: command.parse_args(Options, argv, "fastdit/sample.py", __doc__ or ""))
 
 
 def sample(options: Options) -> None:

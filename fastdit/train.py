@@ -3,11 +3,12 @@
 `step` is the training step; `train` is what surrounds it, in the order it happens. All progress is counted in images seen.
 """
 
+import fastdit  # noqa: F401  # isort: skip  before torch
+
 import dataclasses
 import functools
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from torch import Tensor
 from fastdit import command, pictures, sampling
 from fastdit import config as configs
 from fastdit.checkpoint import Checkpoints, newest
-from fastdit.config import Config, RankError, UserError, fit
+from fastdit.config import Config, UserError, fit
 from fastdit.data import encoding, vae
 from fastdit.data.manifest import changes, identity
 from fastdit.diffusion import Drawn, Objective, choose_objective, draw
@@ -43,14 +44,12 @@ from fastdit.weights.start import adopt, start_from
 
 
 def main() -> None:
-    """torchrun fastdit/train.py [RECIPE] [--group.field VALUE …]"""
-    rank = int(os.environ.get("RANK", 0))
-    description = (__doc__ or "").partition("\n")[0]
+    """torchrun fastdit/train.py [RECIPE | RUN] [--group.field VALUE …]"""
 
-    def run() -> int:
-        return train(*command.parse_run(sys.argv[1:], "torchrun fastdit/train.py", description))
+    def parse(argv: Sequence[str]) -> tuple[Config, bool]:
+        return command.parse_run(argv, "torchrun fastdit/train.py", (__doc__ or "").partition("\n")[0])
 
-    command.exit_cleanly(lambda: ranks.as_one(run), rank)
+    command.run(lambda asked: train(*asked), parse, lambda asked: no_memory(asked[0]))
 
 
 def step(
@@ -87,30 +86,19 @@ def update(model: DiT, objective: Objective, optimizer: Optimizer, drawn: list[D
     return mean_loss, optimizer.step(rates, mean_loss)
 
 
-def says_what_fits(train: Callable[..., int]) -> Callable[..., int]:
-    """Make memory running out, wherever in a run, a RankError that says which batch would do."""
-
-    @functools.wraps(train)
-    def explained(config: Config, on_purpose: bool = False) -> int:
-        try:
-            return train(config, on_purpose)
-        except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
-                raise
-        # Beyond the except clause, so that what the step held is free again.
-        t, ranks = config.train, config.parallel.shard or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        half = next((t.batch // n for n in range(2, t.batch) if t.batch % n == 0), 1)
-        line = f"out of memory at --train.batch {t.batch}"
-        if t.batch > 1:
-            line += f"; --train.batch {half} --train.grad_accum {t.grad_accum * t.batch // half} trains the same in less"
-        if torch.cuda.is_available():
-            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-            line += f" ({footprint.advice(config, ranks, total)})"
-        elif not config.parallel.checkpoint_activations:
-            line += ", and --parallel.checkpoint_activations needs less too"
-        raise RankError(line)
-
-    return explained
+def no_memory(config: Config) -> str:
+    """What to say where memory ran out: which batch would do."""
+    t, num_ranks = config.train, config.parallel.shard or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    half = next((t.batch // n for n in range(2, t.batch) if t.batch % n == 0), 1)
+    line = f"out of memory at --train.batch {t.batch}"
+    if t.batch > 1:
+        line += f"; --train.batch {half} --train.grad_accum {t.grad_accum * t.batch // half} trains the same in less"
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        line += f" ({footprint.advice(config, num_ranks, total)})"
+    elif not config.parallel.checkpoint_activations:
+        line += ", and --parallel.checkpoint_activations needs less too"
+    return line
 
 
 class Run(NamedTuple):
@@ -130,7 +118,6 @@ class Run(NamedTuple):
     meter: Meter
 
 
-@says_what_fits
 def train(config: Config, on_purpose: bool = False) -> int:
     """The whole run, from wherever it stands to its last image. Returns 0, or 128 + the signal that stopped it.
 

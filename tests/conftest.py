@@ -3,6 +3,8 @@
 From one test source, a kernel runs on the GPU where there is one, and in Triton's interpreter on CPU tensors where not.
 """
 
+import fastdit  # noqa: F401  # isort: skip  before torch
+
 import importlib
 import importlib.util
 import json

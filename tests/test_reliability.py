@@ -66,7 +66,7 @@ def tiny(folder: Path, packs: Path, world: int = 1, **groups) -> Config:
 
 def run(config: Config) -> None:
     """The whole verb, from the config on; ends this rank with its exit code."""
-    command.exit_cleanly(lambda: ranks.as_one(lambda: train.train(config)), int(os.environ["RANK"]))
+    command.run(train.train, lambda argv: config, train.no_memory)
 
 
 def curve(folder: Path) -> list[tuple]:
@@ -356,7 +356,7 @@ def run_signalled(config: Config, number: int, at: int, victims: tuple[int, ...]
 def test_a_signal_saves_one_step_on_all_ranks_and_has_its_code(run_ranks, finish, plain, packs, tmp_path, count, soaked):
     rng = random.Random(2)
     for trial in range(count):
-        number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[trial % 3]
+        number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)[trial % 4]
         victims = ((0, 1), (0,), (1,))[trial // 3 % 3]
         folder = tmp_path / str(trial)
         config = tiny(folder, packs, 2)

@@ -162,6 +162,10 @@ def as_one(verb: Callable[[], T]) -> T:
         raise RankError(f"{said}; the same command goes on from the newest checkpoint") from None
 
 
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def lost(error: RuntimeError) -> str:
     """What an error of a collective says of the other ranks; empty for any other error."""
     text = str(error)
@@ -173,12 +177,12 @@ def lost(error: RuntimeError) -> str:
 
 
 class Stop:
-    """SIGTERM, SIGINT or SIGUSR1 to any rank stops all of them after the same step, without waiting in any step.
+    """SIGTERM, SIGINT, SIGHUP or SIGUSR1 to any rank stops all of them after the same step, without waiting in any step.
 
     Each step starts a vote, a reduction of one number on the CPU, and reads the outcome of the step before's.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+    SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 
     def __init__(self, world: World, timeout: timedelta):
         self.received = 0
@@ -187,7 +191,8 @@ class Stop:
         # A group of its own: its messages must not queue behind gradients.
         self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
         for number in self.SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup wants it ignored
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

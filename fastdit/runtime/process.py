@@ -1,0 +1,47 @@
+"""This process and what it hangs on: the launcher that started it may die, and the terminal it prints to may go away."""
+
+import contextlib
+import ctypes
+import io
+import os
+import signal
+import sys
+from typing import Any
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def outlive_terminal() -> None:
+    """Go on when nobody reads what this process prints: a closed pipe or terminal takes the output, and nothing fails.
+
+    What an ASCII terminal cannot show is printed as an escape. Streams that a program has put in their place stay.
+    """
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
+        elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):
+                stream.flush()
+            raw = _Lasting(number, "w", closefd=False)
+            lasting = io.TextIOWrapper(
+                io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True, write_through=name == "stderr"
+            )
+            setattr(sys, name, lasting)
+
+
+class _Lasting(io.FileIO):
+    """Standard output or error, whose writes succeed even where the other end is gone or its disk is full."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM when torchrun dies, even by SIGKILL: its workers save and end, and do not run on alone."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it
+    if prctl is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+        prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
