@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,6 @@ class Manifest:
     # Absent where empty: of datasets that have none, and of packs made before there were such fields.
     revision: str = ""  # commit of the hub dataset
     vae_sha256: str = ""  # of the VAE's weights
-    latent_mean: list[float] = field(default_factory=list)  # of the scaled latents, per channel
-    latent_std: list[float] = field(default_factory=list)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -57,7 +55,7 @@ class Manifest:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-REQUIRED = [f.name for f in dataclasses.fields(Manifest) if f.default is f.default_factory is dataclasses.MISSING]
+REQUIRED = [f.name for f in dataclasses.fields(Manifest) if f.default is dataclasses.MISSING]
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -85,7 +83,7 @@ def _check(m: Manifest) -> None:
         if not ok:
             raise ValueError(f"{field} is {getattr(m, field)!r}"[:200])
 
-    digest, channels = re.compile("[0-9a-f]{64}"), m.image_shape[0] if len(m.shape) > 2 else 0
+    digest = re.compile("[0-9a-f]{64}")
     need(m.format == FORMAT, "format")
     need(m.dtype == ("bfloat16" if m.vae else "uint8"), "dtype")
     need(all(type(n) is int and 0 < n <= 1 << 16 for n in m.shape), "shape")
@@ -101,10 +99,6 @@ def _check(m: Manifest) -> None:
     need(m.count > 0 and m.count == sum(chunk[0] for chunk in m.chunks), "count")
     need(all(type(row) is list and [type(x) for x in row] == [str, str] for row in m.skipped), "skipped")
     need(not m.vae_sha256 or bool(digest.fullmatch(m.vae_sha256)), "vae_sha256")
-    for name in ("latent_mean", "latent_std"):
-        values = getattr(m, name)
-        need(len(values) in (0, channels) and all(type(x) is float and math.isfinite(x) for x in values), name)
-    need(len(m.latent_mean) == len(m.latent_std) and all(x > 0 for x in m.latent_std), "latent_std")
 
 
 def write(manifest: Manifest) -> bytes:
@@ -119,7 +113,7 @@ def identity(m: Manifest) -> dict[str, str]:
     Where the pictures and the VAE lie is no part of it, so that both may be moved.
     """
     names = f" ({plain(', '.join(m.class_names), 1000)})" if m.class_names else ""
-    content = [m.chunks, m.labels_sha256, m.num_classes, m.class_names, m.scale, m.shift, m.latent_mean, m.latent_std]
+    content = [m.chunks, m.labels_sha256, m.num_classes, m.class_names, m.scale, m.shift]
     return {
         "images": f"{m.count:,}",
         "classes": f"{m.num_classes:,}{names}",
