@@ -35,9 +35,10 @@ from fastdit.quality.scores import Judge
 from fastdit.runtime import ranks, sharding
 from fastdit.runtime.graph import Graphed, graphs
 from fastdit.runtime.hardware import has_bf16, peak_tflops, precision
+from fastdit.runtime.lock import Lock
 from fastdit.runtime.profiler import Profiler
 from fastdit.runtime.ranks import World
-from fastdit.runtime.run import CONFIG, load_config, open_run, record_changes, save_config
+from fastdit.runtime.run import CONFIG, LOCK, load_config, open_run, record_changes, save_config
 from fastdit.runtime.trackers import require_wandb
 from fastdit.weights.folder import locate
 from fastdit.weights.start import adopt, start_from
@@ -125,6 +126,8 @@ def train(config: Config, on_purpose: bool = False) -> int:
     """
     world = ranks.init(config.parallel)
     config, folder, changed = ranks.once(world, lambda: open_run(config, on_purpose, adopted))
+    lock = Lock(folder / LOCK)  # of rank 0
+    ranks.once(world, lambda: warn(lock.take()) if (folder / CONFIG).exists() else None)
     choose_ops(config, world.device)  # what cannot be had is said before anything touches the disk
     require_wandb(config.log.wandb)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
@@ -147,7 +150,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
     # What it reports.
     autoencoder = ranks.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
     judge = ranks.every(world, lambda: open_judge(config, world)) if config.eval.every_images else None
-    ranks.once(world, lambda: start_run(config, folder, changed, images_seen))
+    ranks.once(world, lambda: start_run(config, folder, changed, images_seen, lock))
     meter = Meter(
         folder,
         config.log,
@@ -192,6 +195,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
     profiler.close()
     meter.close()
     pack.close()
+    lock.release()
     ranks.shutdown()
     if world.rank == 0:
         print(
@@ -305,11 +309,20 @@ def adopted(config: Config, saved: Path) -> Config:
     return config
 
 
-def start_run(config: Config, folder: Path, changed: list[str], images_seen: int) -> None:
+def start_run(config: Config, folder: Path, changed: list[str], images_seen: int, lock: Lock) -> None:
     """Make the run's folder, once all that a config can get wrong has gone right. Rank 0 alone calls this."""
     folder.mkdir(parents=True, exist_ok=True)
+    if lock.file is None:  # there was no run here a moment ago
+        warn(lock.take())
+        if newest(folder) is not None and images_seen == 0:
+            raise UserError(f"another process began a run in {folder} meanwhile; the same command goes on with it")
     record_changes(folder, changed, images_seen)
     save_config(config, folder / CONFIG)
+
+
+def warn(text: str) -> None:
+    if text:
+        print(f"warning: {text}", flush=True)
 
 
 def resume(checkpoints: Checkpoints, optimizer: Optimizer, pack: encoding.Pack, batch: int) -> int:

@@ -11,6 +11,8 @@ import pytest
 from fastdit import config as C
 from fastdit import train
 from fastdit.runtime import files
+from fastdit.runtime.lock import Lock
+from fastdit.runtime.run import load_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,18 +94,18 @@ def test_killed_while_writing_it_leaves_what_was_there(run_ranks, tmp_path):
 
 def test_the_config_of_a_run_is_written_when_it_changes_and_never_cut(tmp_path, monkeypatch):
     config, path = C.RECIPES["cats"], tmp_path / "config.json"
-    train.start_run(config, tmp_path)
+    train.start_run(config, tmp_path, [], 0, Lock(tmp_path / "lock"))
     before, text = path.stat().st_ino, path.read_text()
-    train.start_run(config, tmp_path)
+    train.start_run(config, tmp_path, [], 0, Lock(tmp_path / "lock"))
     assert path.stat().st_ino == before  # not written again
     other = C.replace(config, run={"seed": 1})
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match=r"No space left on device: .*config\.json"):
-        train.start_run(other, tmp_path)
+        train.start_run(other, tmp_path, [], 0, Lock(tmp_path / "lock"))
     monkeypatch.undo()
     assert path.read_text() == text
-    train.start_run(other, tmp_path)
-    assert C.load(path) == other
+    train.start_run(other, tmp_path, [], 0, Lock(tmp_path / "lock"))
+    assert load_config(path) == other
 
 
 def test_files_are_renamed_in_one_place():
