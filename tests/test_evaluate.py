@@ -178,7 +178,7 @@ def test_other_settings_and_weights_have_folders_of_their_own(folder, tmp_path):
         options = Options(str(folder), out=str(tmp_path), **{"precision": "bf16", **changed})
         return evaluate.prepare(options, evaluate.chosen(config, options), found, torch.device("cpu")).name
 
-    names = {home(), home(seed=1), home(steps=3), home(sampler="ddim"), home(precision="fp32")}
+    names = {home(), home(seed=1), home(steps=3), home(sampler="euler"), home(precision="fp32")}
     assert len(names) == 5
     assert all(name.startswith("000000000096-") for name in names)
     assert home() in names
@@ -319,7 +319,7 @@ def test_an_image_that_cannot_be_decoded_is_stood_in_for(tmp_path):
     for i in range(4):
         pictures.save_png(torch.full((3, 32, 32), i, dtype=torch.uint8), tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"")
-    source = open_images(C.DataConfig("folder", path=str(tmp_path)))
+    source = open_images(C.DataConfig(path=str(tmp_path)))
     real = fid.Real(source, range(4))
     assert [image[0, 0, 0].item() for image in real.__getitems__([0, 1, 2, 3])] == [0, 2, 2, 3]
     with pytest.raises(IndexError):

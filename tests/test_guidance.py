@@ -43,7 +43,7 @@ def test_steps_outside_the_interval_are_the_labelled_ones_alone(config, sampler,
         return unlabelled + 2.5 * (labelled - unlabelled) if inside else labelled
 
     args = {"sampler": sampler, "steps": 8}
-    options = {"guidance": 2.5, "guidance_low": low, "guidance_high": high, "null_class": NULL}
+    options = {"guidance": 2.5, "guidance_interval": (low, high), "null_class": NULL}
     got = sample(counted, config, SHAPE, y, **options, **args)
     torch.testing.assert_close(got, sample(guided_by_hand, config, SHAPE, y, **args), rtol=0, atol=2e-4)
     inside = [low <= t / config.timesteps <= high for t in sampling_times(config, 8)]
@@ -88,8 +88,8 @@ def test_pictures_are_guided_within_the_interval_at_its_cost_alone(run_ranks):
 
     plain, plain_ran = pictures_of()
     whole, whole_ran = pictures_of(guidance=3.0)
-    some, some_ran = pictures_of(guidance=3.0, guidance_low=0.05, guidance_high=0.4)
-    inside = sum(0.05 <= t / 1000 <= 0.4 for t in sampling_times(DDPM, 6))
+    some, some_ran = pictures_of(guidance=3.0, guidance_interval=(0.05, 0.4))
+    inside = sum(0.05 <= t / 1000 <= 0.4 for t in sampling_times(tiny().diffusion, 6))
     assert 0 < inside < 6
     assert (plain_ran, whole_ran, some_ran) == (5 * 6, 5 * 12, 5 * (6 + inside))
     assert not torch.equal(plain, some)
@@ -241,8 +241,8 @@ def test_sharded_training_with_model_guidance_is_that_of_one_rank(run_ranks, rec
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ({"sample": {"guidance_low": 0.5, "guidance_high": 0.5}}, "0 ≤ low < high ≤ 1"),
-        ({"sample": {"guidance_high": 1.5}}, "0 ≤ low < high ≤ 1"),
+        ({"sample": {"guidance_interval": (0.5, 0.5)}}, "0 ≤ low < high ≤ 1"),
+        ({"sample": {"guidance_interval": (0.0, 1.5)}}, "0 ≤ low < high ≤ 1"),
         ({"diffusion": {"model_guidance": 1.0}}, "--diffusion.model_guidance is 1; it must be below 1"),
         ({"diffusion": {"model_guidance": 0.5}, "model": {"class_dropout": 0.0}}, "needs a --model.class_dropout above 0"),
     ],
