@@ -83,7 +83,7 @@ def evaluate(options: Options) -> None:
     mine = missing[world.rank :: world.size]
     if missing:
         model = ranks.every(world, lambda: load_model(found.weights, config, world))
-        autoencoder = ranks.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
+        autoencoder = ranks.every(world, lambda: vae.of(config, world.device))
         for chunk in track(mine, "sampling", console=console, disable=not console.is_terminal):
             make(folder / name(chunk), chunk, model, config, autoencoder, world, options)
         del model, autoencoder

@@ -26,7 +26,7 @@ from fastdit import command
 from fastdit import config as configs
 from fastdit.checkpoint import ABOUT, FILES, SHARDS, WEIGHTS
 from fastdit.config import Config, ModelConfig, UserError
-from fastdit.data import vae
+from fastdit.data import classes, vae
 from fastdit.model import DiT
 from fastdit.quality import charts, evaluation, history
 from fastdit.runtime.files import read_sums, verify, write_sums
@@ -79,6 +79,8 @@ def export(options: Options) -> Path:
     else:
         metadata = {"converted_from": trained.converted_from} if trained.converted_from else None
         folder.save_folder(out, {name: p.detach() for name, p in model.named_parameters()}, trained.config, metadata)
+    if names := classes.read(trained.run):
+        classes.write(out, names)
     if options.format == "release":
         save_curve(trained, out)
     count = sum(p.numel() for p in model.parameters())
@@ -147,7 +149,8 @@ def save_diffusers(model: DiT, config: Config, out: Path) -> None:
         raise UserError("DiTPipeline has no flow sampler; use --format pipeline")
     if not config.data.vae:
         raise UserError("DiTPipeline decodes with an autoencoder, and this model sees pixels; use --format pipeline")
-    autoencoder = vae.load(config.data, torch.device("cpu"))
+    autoencoder = vae.of(config, torch.device("cpu"))
+    assert autoencoder is not None
     if autoencoder.shift:
         raise UserError("DiTPipeline knows no shift of the latents, and this autoencoder has one; use --format pipeline")
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
@@ -165,7 +168,8 @@ def save_pipeline(model: DiT, config: Config, out: Path) -> None:
     """Write a FastDiTPipeline."""
     from fastdit.weights.pipeline import FastDiTModel, FastDiTPipeline, scheduler_of
 
-    autoencoder: Any = vae.load(config.data, torch.device("cpu")).autoencoder if config.data.vae else None
+    loaded = vae.of(config, torch.device("cpu"))
+    autoencoder: Any = loaded.autoencoder if loaded else None
     transformer = FastDiTModel(dataclasses.asdict(config.model))
     transformer.dit.load_state_dict(model.state_dict())
     FastDiTPipeline(transformer, scheduler_of(config.diffusion), autoencoder).save_pretrained(out)

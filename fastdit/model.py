@@ -7,6 +7,7 @@ Every op a kernel can replace comes in through `Ops`; the module tree and its pa
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NoReturn
 
 import torch
 from fastdit_kernels import Ops
@@ -126,6 +127,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         self.run: Config | None = None  # of the run that trained it, where it was loaded
+        self.class_names: list[str] = []  # as that run knew them
         D, L = config.width, config.depth
         rows, columns = (side // config.patch for side in config.input_size)
         self.x_embedder = nn.Linear(config.channels * config.patch**2, D)
@@ -138,6 +140,10 @@ class DiT(nn.Module):
         self.adaLN_modulation = nn.Linear(D, (6 * L + 2) * D)
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(L))
         self.final_layer = FinalLayer(config)
+
+    @classmethod
+    def from_pretrained(cls, *_: object, **__: object) -> NoReturn:
+        raise AttributeError("fastdit.load(source) loads a DiT: from a run's folder, a checkpoint, an export or a hub id")
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
         """The modulation of all blocks, [B, 6·L + 2, D], from timesteps t [B] and labels y [B] (None: unconditional)."""

@@ -5,11 +5,14 @@ Picture n of a seed is the same whatever the batch and the number of processes: 
 
 import fastdit  # noqa: F401  # isort: skip  before torch
 
+import functools
 import statistics
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -20,6 +23,7 @@ from torch import Tensor
 from fastdit import command, pictures, sampling
 from fastdit.config import Config, UserError
 from fastdit.data import classes, encoding, vae
+from fastdit.model import DiT
 from fastdit.planning import memory as footprint
 from fastdit.runtime import ranks
 from fastdit.runtime.hardware import memory_bytes
@@ -69,7 +73,7 @@ def sample(options: Options) -> None:
     model = ranks.every(world, lambda: load_model(weights, config, world))
     if options.compile:
         sampling.compiled(model, world.device)
-    autoencoder = ranks.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
+    autoencoder = ranks.every(world, lambda: vae.of(config, world.device))
     share = -(-options.num_images // world.size)
     mine = range(options.first + world.rank * share, options.first + min((world.rank + 1) * share, options.num_images))
     starts = range(mine.start, mine.stop, options.batch)
@@ -132,6 +136,57 @@ def write(images: Tensor, out: Path, config: Config, options: Options, label: in
     return grid
 
 
+# --- from Python ---
+
+
+class _Callable(types.ModuleType):
+    """`fastdit.sample` is this module, as Python binds every submodule to its package; so the module itself can be called."""
+
+    def __call__(self, model: DiT, num: int = 4, **options: Any) -> Tensor:
+        return make_pictures(model, num, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
+
+
+def make_pictures(
+    model: DiT,
+    num: int = 4,
+    *,
+    label: int | str | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    first: int = 0,
+    guidance: float | None = None,
+    sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler"] | None = None,
+    batch: int = 64,
+) -> Tensor:
+    """Pictures first … first + num - 1 of a seed, uint8 [num, 3, rows, columns] (1 channel if all are grey), on the CPU.
+
+    The same pictures as sample.py makes. model: of `fastdit.load`. label: a class by number or name; None: each in turn. None
+    elsewhere: as the run's config says. Raises UserError, a ValueError, for what the model cannot do.
+    """
+    if model.run is None:
+        raise UserError("the model does not say how it was trained: sample one that fastdit.load(source) returns")
+    config = command.chosen(model.run, Options("", steps=steps, guidance=guidance, sampler=sampler))
+    if num < 1 or batch < 1 or first < 0:
+        raise UserError(f"num is {num}, batch {batch} and first {first}; there must be a picture to make")
+    number = None if label is None else classes.number(str(label), model.class_names, config.model.num_classes)
+    device = model.x_embedder.weight.device
+    decoder = _decoder(model.run, device)
+    world = World(0, 1, 0, 1, device)
+    parts = [
+        sampling.make(model, config, decoder, world, first=n, count=min(batch, first + num - n), seed=seed, label=number)
+        for n in range(first, first + num, batch)
+    ]
+    return torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=1)
+def _decoder(config: Config, device: torch.device) -> vae.VAE | None:
+    return vae.of(config, device)  # kept from call to call
+
+
 # --- one picture at a time ---
 
 
@@ -147,7 +202,7 @@ class Sampler:
         self.model = load_model(weights, config, self.world)
         if compile:
             sampling.compiled(self.model, device)
-        self.vae = vae.load(config.data, device) if config.data.vae else None
+        self.vae = vae.of(config, device)
         self.modulations: dict[int | None, sampling.Modulations] = {}  # of each class asked for
         self(0 if config.model.num_classes else None)
 

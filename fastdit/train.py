@@ -148,7 +148,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
     images_seen = resume(checkpoints, optimizer, pack, batch)
 
     # What it reports.
-    autoencoder = ranks.every(world, lambda: vae.load(config.data, world.device)) if config.data.vae else None
+    autoencoder = ranks.every(world, lambda: vae.of(config, world.device))
     judge = ranks.every(world, lambda: open_judge(config, world)) if config.eval.every_images else None
     ranks.once(world, lambda: start_run(config, folder, changed, images_seen, lock))
     meter = Meter(

@@ -6,9 +6,11 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fastdit_kernels.reference import REFERENCE
+from PIL import Image
 
 from fastdit import config as C
 from fastdit import sample, sampling, train
@@ -201,6 +203,44 @@ def test_sample_opens_an_exported_folder(make_run, run_ranks, tmp_path):
     a, b = ([p.read_bytes() for p in (tmp_path / f"from {source.name}").glob("*.png")] for source in (run, out))
     assert len(a) == 1
     assert a == b
+
+
+def test_python_loads_and_samples_what_the_verb_samples(make_run, run_ranks, tmp_path):
+    import fastdit
+
+    run, config, _ = make_run({**SMALL, "class_dropout": 0.1})
+    options = sample.Options(
+        str(run), num_images=3, steps=2, guidance=2.0, out=str(tmp_path / "out"), precision="fp32", singles=True
+    )
+    run_ranks(1, sampled, options, init=False)
+    written = [Image.open(p).convert("RGB") for p in sorted((tmp_path / "out").glob("*/*.png"))]
+    wanted = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in written])
+    exported = export(Options(str(run)))
+    for source in (run, run / "checkpoints" / "000000000640", exported, exported / "model.safetensors"):
+        model = fastdit.load(source, precision="fp32", device="cpu")
+        assert model.run == config
+        assert not model.training
+        pictures = fastdit.sample(model, num=3, steps=2, guidance=2.0, batch=2)
+        assert (pictures.dtype, pictures.shape) == (torch.uint8, (3, 3, 8, 8))
+        assert (pictures.int() - wanted.int()).abs().max() <= 1  # a batch of two rounds otherwise than one of three
+    assert torch.equal(fastdit.sample(model, num=1, label=4, first=7), fastdit.sample(model, num=1, label="4", first=7))
+    for options, said in (({"label": 5}, "classes 0 … 4"), ({"num": 0}, "num is 0"), ({"steps": 5000}, "5000")):
+        with pytest.raises(ValueError, match=said):
+            fastdit.sample(model, **options)
+    with pytest.raises(UserError, match=r"fastdit.load\(source\)"):
+        fastdit.sample(random_model(config))
+    with pytest.raises(AttributeError, match=r"fastdit.load\(source\)"):
+        fastdit.DiT.from_pretrained(str(run))
+    assert from_pretrained(run)[1] == config
+
+
+def test_another_autoencoder_than_the_models_is_refused_before_anything_is_made(make_run, autoencoder):
+    import fastdit
+
+    run, _, _ = make_run({**SMALL, "channels": 8}, data={"vae": str(autoencoder), "image_size": (16, 16)})
+    with pytest.raises(UserError, match=r"has latents of 4 channels, the model's have 8\Z"):
+        fastdit.sample(fastdit.load(run, device="cpu"), num=1)
+    refuses(Options(str(run), format="pipeline"), "has latents of 4 channels, the model's have 8")
 
 
 def test_the_hub_is_given_the_folder_and_gives_it_back(make_run, tmp_path, monkeypatch):

@@ -67,13 +67,34 @@ def test_there_are_at_most_six_ranks():
 @pytest.mark.parametrize("path", FASTDIT, ids=module)
 def test_imports_go_down_only(path: Path):
     name = module(path)
-    if name == "__init__":
+    if name == "__init__":  # what it gives is imported when it is asked for
         assert imports(path) == set()
         return
     for other in imports(path) - {name, KERNELS}:
         wing = other.rpartition(".")[0]
         within = wing and wing == name.rpartition(".")[0] and rank(other) == rank(name)
         assert within or rank(other) < rank(name), f"{name} (rank {rank(name)}) imports {other} (rank {rank(other)})"
+
+
+def test_fastdit_gives_its_api_and_imports_none_of_it_before():
+    lines = """
+import sys, fastdit
+assert not {"torch", "diffusers", "tyro"} & set(sys.modules), "import fastdit takes time"
+assert set(fastdit.__all__) <= set(dir(fastdit))
+from fastdit import DiT, load, sample
+from fastdit.model import DiT as model
+from fastdit.weights.folder import load as folder
+assert (DiT, load) == (model, folder) and callable(sample) and fastdit.sample is sample
+import fastdit.sample
+assert fastdit.sample is sample and callable(sample.sample)
+try:
+    fastdit.nothing
+except AttributeError as error:
+    print(error)
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    ran = subprocess.run([sys.executable, "-c", lines], env=env, capture_output=True, text=True, check=False)
+    assert ran.stdout == "module 'fastdit' has no attribute 'nothing'\n", ran.stderr
 
 
 def test_no_imports_go_round():

@@ -196,7 +196,7 @@ def test_after_the_first_checkpoint_the_source_may_go(trained, run_ranks, tmp_pa
     saved = load_config(tmp_path / "tuned" / "config.json")
     assert (saved.model.num_heads, saved.model.time_embedding) == (4, "diffusers")
     shutil.rmtree(source)
-    for init_from in (str(source), ""):
+    for init_from in (str(source), None):
         longer = C.replace(config, train={"images": 64 if init_from else 96, "init_from": init_from})
         [later] = run_ranks.outcomes(1, whole_run, longer, init=False)
         assert later.code == 0, later.error

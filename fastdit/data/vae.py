@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdit.config import DataConfig, UserError, plain
+from fastdit.config import Config, DataConfig, UserError, plain
 
 PIXELS = 1 << 20  # that pass through at once: 16 images of 256×256 take about 3 GB in fp32
 
@@ -50,6 +50,17 @@ class VAE:
         return torch.cat([self.autoencoder.decode(part).sample for part in parts])
 
 
+def of(config: Config, device: torch.device) -> VAE | None:
+    """The autoencoder of a model's latents; None for a model of pixels. Raises UserError, also where it is another's."""
+    if not config.data.vae:
+        return None
+    loaded = load(config.data, device)
+    if loaded.channels != config.model.channels:
+        ours, where = config.model.channels, plain(config.data.vae)
+        raise UserError(f"--data.vae {where} has latents of {loaded.channels} channels, the model's have {ours}")
+    return loaded
+
+
 def load(data: DataConfig, device: torch.device) -> VAE:
     """The autoencoder that --data.vae names, from safetensors alone. Raises UserError, one line, where it cannot be had."""
     from diffusers import AutoencoderKL  # here: it takes seconds to import, and a run on pixels needs none of it
@@ -60,6 +71,7 @@ def load(data: DataConfig, device: torch.device) -> VAE:
         autoencoder = AutoencoderKL.from_pretrained(
             name,
             revision=revision,
+            variant=_variant(Path(name)),
             use_safetensors=True,
             torch_dtype=torch.float32,
             low_cpu_mem_usage=False,
@@ -69,6 +81,13 @@ def load(data: DataConfig, device: torch.device) -> VAE:
         where = "" if Path(name).is_dir() else "no such folder, and not loaded from the hub: "
         raise UserError(f"--data.vae {plain(data.vae)}: {where}{reason}") from None
     return VAE(autoencoder, device, name, _commit(name, revision) or revision or "")
+
+
+def _variant(folder: Path) -> str | None:
+    """ "fp16" and the like, where a folder has a variant's weights alone: diffusion_pytorch_model.fp16.safetensors."""
+    plain_one, *others = sorted(path.name for path in folder.glob("diffusion_pytorch_model*.safetensors")) or [""]
+    parts = plain_one.split(".")
+    return parts[1] if len(parts) == 3 and "diffusion_pytorch_model.safetensors" not in others else None
 
 
 def vae_name(vae: str) -> tuple[str, str | None]:

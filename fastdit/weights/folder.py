@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdit import checkpoint
 from fastdit import config as configs
 from fastdit.config import Config, UserError, plain
+from fastdit.data import classes
 from fastdit.model import DiT, choose_ops
 from fastdit.runtime.hardware import compute_dtype
 from fastdit.runtime.ranks import World
@@ -88,7 +89,7 @@ def load(source: str | Path, device: torch.device | str | None = None, *, precis
     found = locate(source, **hub)
     config = configs.replace(found.config, parallel={"precision": precision})
     model = load_model(found.weights, config, World(0, 1, 0, 1, where))
-    model.run = found.config
+    model.run, model.class_names = found.config, classes.read(found.home)
     return model
 
 
