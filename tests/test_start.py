@@ -37,7 +37,12 @@ def config_of(**model) -> Config:
     }
     base = C.RECIPES["cats"]
     data |= {"path": "photos"}
-    return C.replace(base, data=data, model={"conv_kernel": 3, **model}, diffusion={"clip_x0": False})
+    return C.replace(
+        base,
+        data=data,
+        model={"conv_kernel": 3, **model},
+        diffusion={"kind": "ddpm", "prediction": "epsilon", "clip_x0": False},
+    )
 
 
 @pytest.fixture
