@@ -70,7 +70,7 @@ def _settings(args: list[str], prog: str, description: str, default: Config) -> 
     if args[:1] == ["--help"]:
         args = ["--help"]
     config = derive(parse_args(Config, args, prog, usage, default=default), default)
-    validate(config)
+    validate(config, encoded=False)
     return config
 
 

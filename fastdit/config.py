@@ -236,7 +236,7 @@ def derive(config: Config, before: Config) -> Config:
         config,
         run={"name": config.run.name or recipe or run_name(d.path or "")},
         model={
-            "input_size": (d.image_size[0] // factor, d.image_size[1] // factor),
+            "input_size": (max(1, d.image_size[0] // factor), max(1, d.image_size[1] // factor)),
             "channels": channels,
             "num_classes": classes,
             "num_heads": heads.get(m.width) or next((h for h in range(most, 1, -1) if m.width % h == 0), 1),
@@ -270,10 +270,16 @@ def hub_name(path: str) -> tuple[str, str, str | None]:
 # --- what must hold, before anything touches the disk or the network ---
 
 
-def validate(config: Config) -> None:
-    """Raise UserError, one line naming the field and what would be valid, for any value that cannot work."""
+def validate(config: Config, encoded: bool = True) -> None:
+    """Raise UserError, one line naming the field and what would be valid, for any value that cannot work.
+
+    encoded: whether the data are encoded already, so that the size of a VAE's latents is known and not guessed.
+    """
     _validate_numbers(config)
     _validate_model(config)
+    m = config.model
+    if (encoded or not config.data.vae) and any(side % m.patch for side in m.input_size):
+        raise UserError(f"--model.patch {m.patch} does not divide the network's input of {times(m.input_size)}")
     _validate_diffusion(config.diffusion)
     _validate_data(config)
     _validate_sampling(config)
@@ -290,8 +296,6 @@ def _validate_model(config: Config) -> None:
         raise UserError(f"{m.num_heads} attention heads do not divide --model.width {m.width}")
     if m.width % 4:
         raise UserError(f"--model.width {m.width} is not a multiple of 4, which the position embedding needs")
-    if any(side % m.patch for side in m.input_size):
-        raise UserError(f"--model.patch {m.patch} does not divide the network's input of {times(m.input_size)}")
     if m.conv_kernel not in (0, 3, 4, 5):
         raise UserError(f"--model.conv_kernel is {m.conv_kernel}; valid are 3, 4, 5, and 0 for a plain MLP")
     if m.class_dropout and not m.num_classes:
@@ -304,13 +308,12 @@ def _validate_model(config: Config) -> None:
 
 
 def _validate_diffusion(d: DiffusionConfig) -> None:
-    fitting = ("velocity", "x0") if d.kind == "flow" else ("epsilon", "v", "x0")
-    if d.prediction not in fitting:
-        raise UserError(
-            f"--diffusion.prediction {d.prediction} does not go with --diffusion.kind {d.kind}; use {' or '.join(fitting)}"
-        )
+    *fitting, last = ("velocity", "x0") if d.kind == "flow" else ("epsilon", "v", "x0")
+    if d.prediction not in (*fitting, last):
+        said = f"--diffusion.prediction {d.prediction} does not go with --diffusion.kind {d.kind}"
+        raise UserError(f"{said}; use {', '.join(fitting)} or {last}")
     if d.timesteps > MOST_TIMESTEPS:
-        raise UserError(f"{d.timesteps} timesteps; there must be at most {MOST_TIMESTEPS}")
+        raise UserError(f"--diffusion.timesteps is {d.timesteps}; it must be at most {MOST_TIMESTEPS}")
     mean, deviation = d.flow_t_logit
     if not math.isfinite(mean) or not 0 < deviation < math.inf:
         raise UserError(f"logit(t) ~ N({mean:g}, {deviation:g}): the mean must be finite, the deviation positive")
@@ -375,6 +378,8 @@ def _validate_numbers(config: Config) -> None:
                     wrong = "positive"
                 elif number >= 1 and f.name in BELOW_ONE.get(group.name, ()):
                     wrong = "below 1"
+                elif number > 1 and f.name == "max_bad":
+                    wrong = "a share, 0 to 1"
                 elif isinstance(number, int) and number > most:
                     wrong = f"at most {most}"
                 else:

@@ -87,7 +87,6 @@ def test_the_round_trip_is_drawn(run_ranks, pictures, vae_folder, tmp_path):
     """Eight images in the upper row, and below them what diffusers' own class decodes from their posterior's mean."""
     arguments = ["cats", "--data.path", str(pictures), "--data.image_size", "8", "8"]
     arguments += ["--data.vae", str(vae_folder), "--data.packs", str(tmp_path / "packs")]
-    arguments += ["--model.input_size", "8", "8", "--model.channels", "2", "--model.num_classes", "0"]
     ends = run_ranks.outcomes(1, verb, *arguments, init=False)
     assert ends[0].code == 0, ends[0].error
     [picture] = (tmp_path / "packs").glob("*.round-trip.png")
@@ -110,7 +109,7 @@ def test_bad_input_is_one_line_and_status_2_on_every_rank(run_ranks, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     for arguments, words in [
         (("dogs",), "unknown recipe 'dogs'"),
-        (("--data.sauce", "hub"), "did you mean --data.source?"),
+        (("--data.crob", "none"), "did you mean --data.crop?"),
         (("--data.path", str(tmp_path / "none")), "no such folder"),
         (("--data.path", str(tmp_path / "empty")), "no image"),
         (("verify",), "verify takes one argument"),
@@ -127,7 +126,7 @@ def test_bad_input_is_one_line_and_status_2_on_every_rank(run_ranks, tmp_path):
 
 
 def test_help_names_every_group_and_verify(run_ranks):
-    (end,) = run_ranks.outcomes(1, verb, "--help", init=False)
+    (end,) = run_ranks.outcomes(1, verb, "--help", "all", init=False)
     assert end.code == 0
     assert "verify PACK" in end.output
-    assert all(option in end.output for option in ("--data.source", "--data.packs", "--parallel.threads"))
+    assert all(option in end.output for option in ("--data.path", "--data.packs", "--parallel.precision"))

@@ -294,7 +294,12 @@ def write(root: Path, files: dict[str, bytes]) -> DataConfig:
     for name, data in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
-    return DataConfig("folder", path=str(root), image_size=(24, 20))
+    return DataConfig(path=str(root), image_size=(24, 20))
+
+
+def by_name(data: DataConfig, split: str = "train") -> ImageSource:
+    """As a data set of the hub is opened, which `datasets` does for a folder, too."""
+    return tables.open_hub(data, data.path, split, "", 2)
 
 
 def read(source: ImageSource) -> list[Example]:
@@ -317,7 +322,7 @@ def test_class_folders_become_labels_in_sorted_order(tmp_path):
 
 def test_a_flat_folder_has_no_labels_and_num_images_takes_the_first(tmp_path):
     data = write(tmp_path / "d", {f"{n}.png": png(n) for n in range(5)})
-    source = images.open_images(DataConfig("folder", path=data.path, image_size=(8, 8), num_images=3))
+    source = images.open_images(DataConfig(path=data.path, image_size=(8, 8), num_images=3))
     assert not source.labelled
     assert [(e.name, e.label) for e in read(source)] == [("0.png", None), ("1.png", None), ("2.png", None)]
     assert read(source)[0].image.shape == (8, 8, 3)
@@ -389,8 +394,8 @@ def shards(tmp_path) -> Path:
 
 @pytest.mark.parametrize("source", ["folder", "hub"])
 def test_parquet_by_folder_and_by_dataset(shards, source):
-    data = DataConfig(source, path=str(shards), image_size=(24, 20))
-    opened = images.open_images(data, threads=2)
+    data = DataConfig(path=str(shards), image_size=(24, 20))
+    opened = images.open_images(data, threads=2) if source == "folder" else by_name(data)
     assert opened.labelled
     for _ in range(2):
         found = read(opened)
@@ -406,8 +411,8 @@ def test_class_labels_keep_their_names(tmp_path):
     rows = {"picture": [{"bytes": png(n), "path": None} for n in range(3)], "kind": [1, 0, -1]}
     (tmp_path / "d").mkdir()
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "d" / "train.parquet")
-    data = DataConfig("hub", path=str(tmp_path / "d"), image_column="picture", label_column="kind", image_size=(24, 20))
-    source = images.open_images(data)
+    data = DataConfig(path=str(tmp_path / "d"), image_column="picture", label_column="kind", image_size=(24, 20))
+    source = by_name(data)
     assert source.class_names == ("tabby", "black")
     assert [(e.label, e.reason) for e in read(source)] == [(1, ""), (0, ""), (None, "label -1 is not a class")]
 
@@ -419,7 +424,7 @@ def test_a_rows_path_is_never_opened(tmp_path):
     rows = [{"bytes": None, "path": place} for place in places]
     rows += [None, {"bytes": b"", "path": places[0]}, {"bytes": png(), "path": places[0]}]
     parquet(tmp_path / "d" / "x.parquet", rows, None)
-    found = read(images.open_images(DataConfig("folder", path=str(tmp_path / "d"))))
+    found = read(images.open_images(DataConfig(path=str(tmp_path / "d"))))
     assert [e.image is None for e in found] == [True] * (len(rows) - 1) + [False]
     assert {e.reason for e in found[:-1]} == {"no image bytes in the row; files it names are not opened"}
 
@@ -505,7 +510,7 @@ def test_columns_that_are_no_labels_leave_images_unlabelled(tmp_path, kind):
     parquet(
         tmp_path / "d" / "x.parquet", [{"bytes": png(), "path": None}] * 2, [0, None] if kind == "missing" else None, **columns
     )
-    found = read(images.open_images(DataConfig("folder", path=str(tmp_path / "d"))))
+    found = read(images.open_images(DataConfig(path=str(tmp_path / "d"))))
     if kind == "missing":
         assert [(e.label, e.reason) for e in found] == [(0, ""), (None, "label None is not a class")]
     else:
@@ -516,19 +521,20 @@ def test_a_dataset_with_code_of_its_own_is_refused_unrun(tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "d.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UserError, match=r"--data\.path"):
-        images.open_images(DataConfig("hub", path=str(tmp_path / "d")))
+        by_name(DataConfig(path=str(tmp_path / "d")))
     assert not (tmp_path / "ran").exists()
 
 
 def test_datasets_that_cannot_be_had_are_one_line(shards):
     cases = {
-        "no such folder, and not loaded from the hub": DataConfig("hub", path="nobody/none"),
+        "no such folder, and not loaded from the hub": DataConfig(path="nobody/none"),
         "has no column --data.image_column 'photo'; its columns: image, label": DataConfig(
-            "folder", path=str(shards), image_column="photo"
+            path=str(shards), image_column="photo"
         ),
-        '"validation"': DataConfig("hub", path=str(shards), split="validation"),
-        "has no held-out images": DataConfig("hub", path=str(shards)),
+        "has no held-out images": DataConfig(path=str(shards)),
     }
+    with pytest.raises(UserError, match='"validation"'):
+        by_name(DataConfig(path=str(shards)), "validation")
     for message, data in cases.items():
         with pytest.raises(UserError, match=message) as caught:
             images.open_images(data, held_out="held-out" in message)
