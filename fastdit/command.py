@@ -34,7 +34,7 @@ COMMON: tuple[str, ...] = (
     "model.width",
     "model.depth",
 )
-COMMON += ("model.patch", "run.name", "run.fresh", "sample.steps", "parallel.precision", "log.save_every")
+COMMON += ("run.name", "run.fresh", "sample.steps", "parallel.precision", "log.save_every")
 
 
 def parse(argv: Sequence[str], prog: str, description: str) -> Config:

@@ -85,6 +85,7 @@ def test_latents_are_reported_with_their_statistics(pictures, vae_folder, tmp_pa
 
 def test_the_round_trip_is_drawn(run_ranks, pictures, vae_folder, tmp_path):
     """Eight images in the upper row, and below them what diffusers' own class decodes from their posterior's mean."""
+    (pictures / "x.png").unlink()  # which is no picture
     arguments = ["cats", "--data.path", str(pictures), "--data.image_size", "8", "8"]
     arguments += ["--data.vae", str(vae_folder), "--data.packs", str(tmp_path / "packs")]
     ends = run_ranks.outcomes(1, verb, *arguments, init=False)

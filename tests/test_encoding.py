@@ -544,7 +544,8 @@ def test_a_packs_name_follows_from_its_content(config, latent_config, folder):
     assert len({encoding.folder(replace(config, data=other).data).name for other in others} | {names[0]}) == 9
     (folder / "class0" / "00.png").write_bytes(b"another")
     assert encoding.folder(config.data).name != names[0]
-    odd = replace(config, data={"path": "etc/…a b\n;rm", "packs": "packs"})
+    (folder / "etc …a b\n;rm").mkdir()
+    odd = replace(config, data={"path": str(folder / "etc …a b\n;rm"), "packs": "packs"})
     assert encoding.folder(odd.data).parent == Path("packs")
     assert encoding.folder(odd.data).name.startswith("etc-a-b-rm-16x24-")
 
