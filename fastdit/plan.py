@@ -85,6 +85,7 @@ def plan(options: Options) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     bound = costs.bound(options, where)
     t = options.train
+    console.print(verdict(options, where, bound) + "\n")
     console.print(
         f"[b]{options.run.name}[/b] on {where.gpus} × {where.gpu.device} in {where.nodes} node{'s'[: where.nodes - 1]}: "
         f"{t.batch} images × {t.grad_accum} × {where.gpus} ranks = {bound.images:,} a step.\n"
@@ -96,6 +97,39 @@ def plan(options: Options) -> None:
         console.print(table)
     console.print()
     console.print("\n".join(run_lines(options, where, bound)))
+
+
+def verdict(options: Options, where: Cluster, bound: Bound) -> str:
+    """Whether it fits, how long it takes at half of the bound, and the batch that fills the memory."""
+    ranks, capacity = options.parallel.shard or where.local, where.gpu.memory_gb * 1e9
+    held = sum(footprint.state_bytes(options, ranks).values()) + footprint.RESERVED
+    need = held + sum(footprint.batch_bytes(options, options.train.batch).values())
+    fits = footprint.largest_batch(options, ranks, capacity)
+    again = footprint.largest_batch(footprint.recomputing(options, True), ranks, capacity)
+    place, gb = f"on {where.gpus} × {where.gpu.device}", f"{need / 1e9:,.0f} of {where.gpu.memory_gb:g} GB each"
+    if need <= capacity:
+        hours = options.train.images / (bound.images / bound.step_s / 2) / 3600
+        takes = f"{options.train.images:,} images take about {duration(hours)} at half of the bound"
+        line = f"[b]{options.run.name} fits {place}, in {gb}, and {takes}.[/b]"
+    else:
+        line = f"[b]{options.run.name} does not fit {place}: it takes {gb}.[/b]"
+    if not again:
+        return line + " No batch fits: shard the weights over more GPUs, or take a smaller model."
+    kept = f"--train.batch {fits:,} fills the memory" if fits else "No batch fits with activations kept"
+    return f"{line} {kept}, {again:,} with --parallel.checkpoint_activations."
+
+
+def duration(hours: float) -> str:
+    """As people say it: 40 s, 25 min, 3 h 20 min, 2.5 days."""
+    seconds = hours * 3600
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if hours < 2:
+        return f"{seconds / 60:.0f} min"
+    if hours < 10:
+        whole, minutes = divmod(round(seconds / 60), 60)
+        return f"{whole} h {minutes} min" if minutes else f"{whole} h"
+    return f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.1f} days"
 
 
 def describe(where: Cluster) -> str:
@@ -174,7 +208,7 @@ def run_lines(options: Options, where: Cluster, bound: Bound) -> Iterable[str]:
     watts = where.gpus * where.gpu.watts
     for share in options.efficiency:
         hours = options.train.images / (bound.images / bound.step_s * share) / 3600
-        yield f"{options.train.images:,} images at {share:.0%}: {hours:.3g} h, {watts * hours / 1000:,.1f} kWh"
+        yield f"{options.train.images:,} images at {share:.0%}: {duration(hours)}, {watts * hours / 1000:,.1f} kWh"
     if options.hours:
         for share in options.efficiency:
             images = bound.images / bound.step_s * share * options.hours * 3600

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -230,7 +231,6 @@ def test_the_table_in_the_docs_is_what_the_command_prints(capsys):
         (["cats-265"], "did you mean cats-256?"),
         (["--gpus", "0"], "must be positive"),
         (["--gpus", "9", "--nodes", "2"], "do not spread evenly over --nodes 2"),
-        (["--gpus", "8", "--parallel.shard", "3"], "does not divide the 8 ranks"),
         (["--efficiency", "0.5", "2", "0.1"], "at most 1"),
         (["--train.btach", "3"], "did you mean --train.batch?"),
     ],
@@ -240,3 +240,49 @@ def test_what_cannot_be_planned_is_one_line(argv, message):
         plan.plan(plan.parse(argv))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_that_cannot_work_is_refused_in_one_line_before_it_starts(monkeypatch):
+    config, cpu = RECIPES["cats"], torch.device("cpu")
+    assert footprint.check(config, cpu, num_images=20_000) is None
+    assert "more than the 31 images there are" in footprint.check(config, cpu, num_images=31)
+    monkeypatch.setattr(footprint, "memory_bytes", lambda: 4 * 10**9)
+    assert footprint.check(config, cpu) is None
+    line = footprint.check(configs.replace(config, train={"batch": 4096}), cpu)
+    fits = int(re.search(r"--train.batch (\d+) fits", line).group(1))
+    assert footprint.check(configs.replace(config, train={"batch": fits}), cpu) is None
+    assert footprint.check(configs.replace(config, train={"batch": fits + 40}), cpu) is not None
+    assert footprint.check(configs.replace(config, train={"batch": fits}), cpu, ranks=2) is not None  # they share the memory
+    for huge in ({"depth": 2**31}, {"width": 2**31 - 4}):  # at once: nothing is built
+        line = footprint.check(configs.replace(config, model=huge), cpu)
+        assert "whatever the batch" in line
+        assert "\n" not in line
+
+
+def test_shards_that_do_not_divide_the_ranks_are_refused():
+    options = plan.parse(["--gpus", "8"])
+    with pytest.raises(UserError, match="does not divide the 8 ranks"):
+        plan.cluster(dataclasses.replace(options, parallel=dataclasses.replace(options.parallel, shard=3)))
+
+
+def test_the_verdict_comes_first(capsys):
+    plan.plan(plan.parse(["cats-256", "--gpus", "8"]))
+    first = capsys.readouterr().out.replace("\n", " ").partition(". ")[0]
+    assert re.fullmatch(
+        r"cats-256 fits on 8 × A100-SXM4-80GB, in \d+ of 80 GB each, and 10,000,000 images take about \d+ min at half of the bound",
+        first,
+    )
+    plan.plan(plan.parse(["cats-256", "--gpus", "1", "--train.batch", "100000"]))
+    verdict, suggestion, _ = capsys.readouterr().out.replace("\n", " ").split(". ", 2)
+    assert "does not fit on 1 × A100-SXM4-80GB" in verdict
+    fits = int(re.search(r"--train.batch ([\d,]+) fills", suggestion).group(1).replace(",", ""))
+    plan.plan(plan.parse(["cats-256", "--gpus", "1", "--train.batch", str(fits)]))
+    assert capsys.readouterr().out.startswith("cats-256 fits")
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"),
+    [(0.001, "4 s"), (0.02, "72 s"), (0.5, "30 min"), (1.99, "119 min"), (3.34, "3 h 20 min"), (30, "30 h"), (100, "4.2 days")],
+)
+def test_durations_as_people_say_them(hours, said):
+    assert plan.duration(hours) == said

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from fastdit_kernels import Ops
 from fastdit_kernels.attention import QKV
+from fastdit_kernels.cpu import CPU
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from fastdit.config import Config, ModelConfig, UserError, replace
 from fastdit.model import DiT, num_frequencies, out_channels
 from fastdit.runtime import sharding
-from fastdit.runtime.hardware import compute_dtype
+from fastdit.runtime.hardware import compute_dtype, memory_bytes, precision
 
 RESERVED = 2 * 10**9  # for the CUDA context, NCCL's buffers and what the allocator cannot hand out
 
@@ -192,6 +193,8 @@ def state_bytes(config: Config, ranks: int) -> dict[str, int]:
     s, p = sizes(config.model, ranks), config.parallel
     itemsize = compute_dtype(p.precision).itemsize
     gathered = min(s.root + 2 * s.block, s.whole) if p.reshard_after_forward else s.whole  # one at work, one on its way
+    if ranks == 1:  # no FSDP: a copy in 16 bits; none where the network computes with the parameters themselves
+        gathered = s.whole if itemsize < 4 else 0
     held = {
         "parameters": 4 * s.shard,
         "gradients": 4 * s.trained,
@@ -233,6 +236,36 @@ def advice(config: Config, ranks: int, memory: float, ops: Ops | None = None) ->
         return f"by plan no batch fits into {memory / 1e9:.0f} GB; shard the weights over more ranks, or take a smaller model"
     with_recompute = f"{again} with --parallel.checkpoint_activations"
     return f"by plan --train.batch {kept} fits, or {with_recompute}" if kept else f"by plan --train.batch {with_recompute} fits"
+
+
+def check(config: Config, device: torch.device, ranks: int = 1, num_images: int | None = None) -> str | None:
+    """One line where a run cannot work on this device, before it starts; None where it can, by plan.
+
+    ranks: processes on this node, over which the weights are sharded; on a CPU they share its memory. num_images: of the data.
+    """
+    t, m = config.train, config.model
+    if num_images is not None and t.batch > num_images:
+        return f"--train.batch {t.batch:,} is more than the {num_images:,} images there are; at most --train.batch {num_images}"
+    share = memory_bytes() / (1 if device.type == "cuda" else ranks)
+    held = 20 * num_parameters(m) / ranks  # fp32 weights, gradients, two moments, average: before a huge model is built
+    if held <= share:
+        config = replace(config, parallel={"precision": precision(config.parallel.precision, device)})
+        ops = None if device.type == "cuda" else CPU
+        held = sum(state_bytes(config, ranks).values())
+        need = held + sum(batch_bytes(config, t.batch, ops).values()) + RESERVED * (device.type == "cuda")
+        if need <= share:
+            return None
+        # A line through two batches, so a little less than all of the memory.
+        fits = largest_batch(config, ranks, 0.99 * share + RESERVED * (device.type != "cuda"), ops)
+        if fits:
+            return (
+                f"by plan a step takes {need / 1e9:,.1f} GB at --train.batch {t.batch}, and there are {share / 1e9:,.1f} GB: "
+                f"--train.batch {fits} fits, or --parallel.checkpoint_activations needs less"
+            )
+    return (
+        f"by plan this model takes {held / 1e9:,.1f} GB to train whatever the batch, and there are {share / 1e9:,.1f} GB: "
+        f"depth {m.depth:,}, width {m.width:,}"
+    )
 
 
 def recomputing(config: Config, on: bool) -> Config:
