@@ -15,7 +15,7 @@ from fastdit.config import UserError
 from fastdit.convert import Options, convert
 from fastdit.model import DiT, position_embedding
 from fastdit.runtime.run import load_config
-from fastdit.runtime.tensors import save_weights
+from fastdit.runtime.tensors import load_weights, save_weights
 from fastdit.weights.folder import from_pretrained
 from fastdit.weights.foreign import from_facebook, from_sit
 
@@ -205,3 +205,37 @@ def test_half_precision_keeps_the_position_fixed(tmp_path, dtype):
     moved = weights()
     moved["pos_embed"][0, 3, 5] += 0.02
     assert from_facebook({n: v.to(dtype) for n, v in moved.items()}, H).config.position == "learned"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, number):
+    w = weights()
+    w["blocks.1.mlp.fc1.weight"][3, 4] = number
+    save_weights(tmp_path / "x.safetensors", w)
+    with pytest.raises(UserError, match=r"not finite, in what becomes blocks.1.mlp.fc1.weight"):
+        convert(Options(str(tmp_path / "x.safetensors"), num_heads=H))
+    out = convert(Options(str(checkpoint(tmp_path / "y.pt", weights())), num_heads=H))
+    tensors, _ = load_weights(out / "model.safetensors")
+    tensors["x_embedder.bias"][0] = number
+    save_weights(out / "model.safetensors", tensors)
+    with pytest.raises(UserError, match=r"x_embedder.bias holds numbers that are not finite"):
+        from_pretrained(out)
+
+
+def test_a_diffusers_variant_is_read(tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    from fastdit.weights.sources import read_diffusers, weight_files
+
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=H, attention_head_dim=D // H, num_layers=1, sample_size=SIDE, num_embeds_ada_norm=3, norm_eps=1e-6
+    )
+    theirs.half().save_pretrained(tmp_path / "one", variant="fp16")
+    theirs.save_pretrained(tmp_path / "parts", variant="fp16", max_shard_size="50KB")
+    assert [p.name for p in weight_files(tmp_path / "one")] == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert len(weight_files(tmp_path / "parts")) > 1
+    for folder in ("one", "parts"):
+        found, _ = read_diffusers(tmp_path / folder)
+        assert torch.equal(found.tensors["x_embedder.bias"], theirs.pos_embed.proj.bias.float())
+    theirs.float().save_pretrained(tmp_path / "one")  # the whole model beside its variant comes first
+    assert [p.name for p in weight_files(tmp_path / "one")] == ["diffusion_pytorch_model.safetensors"]

@@ -36,7 +36,7 @@ DTYPES = {
 }
 NAMES = {name: dtype for dtype, name in DTYPES.items()}
 OFFSETS = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint keeps, in a shard's metadata, where its pieces start
-LIMIT = 16 << 20  # bytes of that; a real one has thousands
+LIMIT = 16 << 20  # bytes of that, and of a file's header; real ones have thousands
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Written:
@@ -79,11 +79,32 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("not a file")
+        _check_header(path)
         with safe_open(path, "pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise UserError(f"{path} is not a readable safetensors file: {said[:200]}") from None
+
+
+def _check_header(path: Path) -> None:
+    """Raise ValueError for a header that takes long to read, or that says two things of one tensor.
+
+    The safetensors package checks the rest: names, dtypes, shapes, and that the tensors fill the file without overlapping.
+    """
+    with path.open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        if size > LIMIT:
+            raise ValueError(f"its header has {size} bytes; at most {LIMIT} are believable")
+        header = f.read(size)
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("its header has two entries of one name")
+        return found
+
+    json.loads(header, object_pairs_hook=unique)
 
 
 # --- shards ---

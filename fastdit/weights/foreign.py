@@ -163,6 +163,9 @@ def finish(config: ModelConfig, ours: Mapping[str, Tensor]) -> Weights:
     """The tensors in the model's order, checked."""
     expected = dict(named_shapes(config))
     assert {n: t.shape for n, t in ours.items()} == expected, "the table and the model differ"
+    for name, t in ours.items():
+        if not t.is_meta and not t.isfinite().all():
+            raise UserError(f"the weights hold numbers that are not finite, in what becomes {name}")
     return Weights(config, {name: ours[name].contiguous() for name in expected})
 
 
