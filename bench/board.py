@@ -95,13 +95,13 @@ class Joules:
     @staticmethod
     def _counters() -> dict[Path, tuple[int, int]]:
         """Microjoules of each processor, and where its counter starts anew."""
-        found = {}
+        counters = {}
         for path in sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]*")):
             if path.name.count(":") == 1:
                 with contextlib.suppress(OSError, ValueError):
                     wraps_at = int((path / "max_energy_range_uj").read_text()) + 1
-                    found[path] = int((path / "energy_uj").read_text()), wraps_at
-        return found
+                    counters[path] = int((path / "energy_uj").read_text()), wraps_at
+        return counters
 
 
 def main() -> None:
@@ -141,10 +141,10 @@ def board(options: Options, rows: Mapping[str, Row] = ROWS) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(kept, indent=1) + "\n")
     ranks.shutdown()
-    found = [entry for entry in kept if entry["row"] in rows]
-    print(table(found, rows))
+    shown = [entry for entry in kept if entry["row"] in rows]
+    print(table(shown, rows))
     Path(options.docs).mkdir(parents=True, exist_ok=True)
-    (Path(options.docs) / "board.png").write_bytes(charts.png(curves(found, rows)))
+    (Path(options.docs) / "board.png").write_bytes(charts.png(curves(shown, rows)))
 
 
 def key(name: str, seed: int, row: Row, options: Options) -> dict[str, Any]:
@@ -164,12 +164,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, list) or not all(isinstance(e, dict) and {"row", "seed", "points"} <= e.keys() for e in found):
+        entries = json.loads(path.read_text())
+        needed = {"row", "seed", "points"}
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and needed <= e.keys() for e in entries):
             raise ValueError("no list of rows")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a board ({configs.plain(error, 100)}); move it away to start anew") from None
-    return found
+    return entries
 
 
 def device_name(device: torch.device) -> str:

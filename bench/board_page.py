@@ -11,15 +11,15 @@ FIGURES = ("kid", "swd", "coverage", "nearest")
 LEAST = 1e-4  # what stands in a logarithmic chart for a figure of 0 or below
 
 
-def table(found: Sequence[Mapping[str, Any]], rows: Mapping[str, Row]) -> str:
+def table(entries: Sequence[Mapping[str, Any]], rows: Mapping[str, Row]) -> str:
     """Markdown: each row's figures at its last time, mean over the seeds with the least and the greatest."""
     lines = [
         "| row | seeds | seconds | images | KID | SWD | coverage | nearest | s to `before`'s last KID | kJ |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    goal = mean([e["points"][-1]["kid"] for e in found if e["row"] == "before"])
+    goal = mean([e["points"][-1]["kid"] for e in entries if e["row"] == "before"])
     for name, row in rows.items():
-        runs = [e for e in found if e["row"] == name]
+        runs = [e for e in entries if e["row"] == name]
         if not runs:
             continue
         last = [e["points"][-1] for e in runs]
@@ -33,18 +33,18 @@ def table(found: Sequence[Mapping[str, Any]], rows: Mapping[str, Row]) -> str:
             f"| {row.about} | {len(runs)} | {mean([p['seconds'] for p in last]):.0f} | {images} | {' | '.join(cells)} | "
             f"{'' if goal is None else seconds} | {energy} |"
         )
-    floors = [e["floor"] for e in found]
+    floors = [e["floor"] for e in entries]
     cells = ["" if any(f[k] is None for f in floors) or not floors else spread([f[k] for f in floors]) for k in FIGURES]
     return "\n".join([*lines, f"| real images, held out | | | | {' | '.join(cells)} | | |"])
 
 
-def curves(found: Sequence[Mapping[str, Any]], rows: Mapping[str, Row]) -> list[Chart]:
+def curves(entries: Sequence[Mapping[str, Any]], rows: Mapping[str, Row]) -> list[Chart]:
     """KID and coverage over seconds of training, bands from the least to the greatest seed."""
     shown = []
     for figure, title in (("kid", "KID"), ("coverage", "coverage of held-out cats")):
         lines = []
         for name in rows:
-            runs = [e["points"] for e in found if e["row"] == name]
+            runs = [e["points"] for e in entries if e["row"] == name]
             if not runs:
                 continue
             together = list(zip(*runs, strict=False))  # the seeds' points at each time

@@ -70,7 +70,7 @@ class Labels:
 
 
 class Drawn(NamedTuple):
-    """A batch and its random numbers: all that a loss depends on beside the network."""
+    """A batch and its random numbers: all that a loss depends on, apart from the network."""
 
     x0: Tensor  # fp32 [B, C, H, W]
     noise: Tensor  # fp32 [B, C, H, W]

@@ -1,4 +1,4 @@
-"""Measure a trained model: make pictures, compare them with real ones, and keep the figures beside the run.
+"""Measure a trained model: make pictures, compare them with real ones, and keep the figures in its folder.
 
 torchrun --nproc-per-node N shares the work. Pictures are numbered; picture n of a seed is always the same. They are kept in the
 run folder as they are made: the same command, killed or not, goes on where it was, on any number of processes.
@@ -126,14 +126,14 @@ def name(chunk: range) -> str:
 def whole(path: Path, chunk: range, config: Config) -> bool:
     """Whether a chunk's pictures are there."""
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return False
     return bool(
-        found.dtype == np.uint8
-        and found.shape[0] == len(chunk)
-        and found.shape[1] in (1, 3)
-        and found.shape[2:] == config.data.image_size
+        images.dtype == np.uint8
+        and images.shape[0] == len(chunk)
+        and images.shape[1] in (1, 3)
+        and images.shape[2:] == config.data.image_size
     )
 
 
@@ -224,20 +224,20 @@ def measure(
         console.print(f"for the ADM suite: {path}", highlight=False, soft_wrap=True)
     if metric in ("offline", "both"):
         judge = references.open_judge(config, min(len(made), OFFLINE_NUM), world.device, options.reference or "")
-        found = evaluation.line(config, seen, judge, made.first(judge.num))
-        evaluation.record(home, found)
-        console.print(evaluation.say(found), highlight=False, soft_wrap=True)
+        entry = evaluation.line(config, seen, judge, made.first(judge.num))
+        evaluation.record(home, entry)
+        console.print(evaluation.say(entry), highlight=False, soft_wrap=True)
         console.print("these figures are not comparable with published FID or KID", highlight=False)
     if metric in ("fidelity", "both"):
         real = fid.Real(*references.references(config, options.reference_num, options.reference or ""))
-        found = {
+        entry = {
             **evaluation.how(config, seen, "fidelity", len(made), options.seed),
             "against": f"{len(real):,} images of {real.source.name}",
             **fid.fidelity(made, real, world.device, options.batch),
         }
-        evaluation.record(home, found)
-        figures = "  ".join(f"{key} {found[key]:.4f}" for key in ("fid", "inception_kid", "precision", "recall"))
-        console.print(f"{figures}  on {len(made):,} pictures against {found['against']}", highlight=False, soft_wrap=True)
+        evaluation.record(home, entry)
+        figures = "  ".join(f"{key} {entry[key]:.4f}" for key in ("fid", "inception_kid", "precision", "recall"))
+        console.print(f"{figures}  on {len(made):,} pictures against {entry['against']}", highlight=False, soft_wrap=True)
 
 
 def write_npz(path: Path, made: Chunks) -> None:

@@ -78,10 +78,10 @@ def html(
     name: str,
     config: Config,
     lines: Sequence[Mapping[str, Any]],
-    found: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
     grids: Iterable[tuple[int, bytes]],
 ) -> str:
-    """The page. found: the run's evaluations."""
+    """The page."""
     figures = "".join(
         f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         f"<figcaption>{seen:,} images</figcaption></figure>"
@@ -91,8 +91,8 @@ def html(
     if figures:
         parts.append(f"<h2>Samples over time</h2><p>EMA weights, the same noise each time.</p><div class=grids>{figures}</div>")
     parts += ["<h2>Training</h2>", charts.svg(history.curves(lines))]
-    if found:
-        parts += ["<h2>Quality</h2>", charts.svg(evaluation.curves(found)), table(evaluation.table(found))]
+    if evaluations:
+        parts += ["<h2>Quality</h2>", charts.svg(evaluation.curves(evaluations)), table(evaluation.table(evaluations))]
         parts.append("<p>Figures of the offline metric are not comparable with published FID or KID.</p>")
     settings = escape(json.dumps(dataclasses.asdict(config), indent=2))
     parts.append(f"<h2>Config</h2><details><summary>all settings</summary><pre>{settings}</pre></details>")

@@ -1,4 +1,4 @@
-"""How good a run's pictures are: the figures, kept beside the run as lines and curves."""
+"""How good a run's pictures are: the figures, kept in the run's folder as lines and curves."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def make_pictures(model: DiT, config: Config, vae: VAE | None, world: World, num
 
 
 def line(config: Config, images_seen: int | None, judge: Judge, images: Tensor, seed: int | None = None) -> dict[str, Any]:
-    """A line of evaluations.jsonl for pictures: the figures, real images' beside each, and how they came about."""
+    """A line of evaluations.jsonl for pictures: the figures, those of real images, and the settings they were made by."""
     num, figures = min(len(images), judge.num), dict[str, float | None]()
     for name, value, floor in zip(Scores._fields, judge.score(images), judge.floor, strict=True):
         figures |= {name: value, f"{name}_floor": floor}
@@ -59,20 +59,20 @@ def how(config: Config, images_seen: int | None, metric: str, num: int, seed: in
     return {"images": images_seen, "metric": metric, "num": num, "seed": seed, **settings}
 
 
-def record(folder: Path, found: Mapping[str, Any]) -> None:
+def record(folder: Path, entry: Mapping[str, Any]) -> None:
     """Keep a line in the folder, in place of the one made the same way; make the curve anew, where matplotlib is installed."""
-    same = how_of(found)
+    same = how_of(entry)
     lines = [old for old in evaluations(folder) if how_of(old) != same]
-    lines.append({**found, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+    lines.append({**entry, "time": datetime.now(UTC).isoformat(timespec="seconds")})
     lines.sort(key=lambda x: (x["metric"], x["images"] or 0))
     write_text(folder / LINES, "".join(json.dumps(x, allow_nan=False) + "\n" for x in lines))
     if charts.installed():
         write_text(folder / CURVE, charts.svg(curves(lines)))
 
 
-def how_of(found: Mapping[str, Any]) -> dict[str, Any]:
+def how_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     names = ("images", "metric", "num", "seed", "sampler", "steps", "guidance", "guidance_low", "guidance_high", "against")
-    return {name: found.get(name) for name in names}
+    return {name: entry.get(name) for name in names}
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ TITLES = {
 def curves(lines: Iterable[Mapping[str, Any]]) -> list[charts.Chart]:
     """A chart of each figure over images seen, with its floor."""
     placed = [x for x in lines if x["images"] is not None]
-    found = []
+    shown = []
     for metric in sorted({x["metric"] for x in placed}, reverse=True):
         for name, title in TITLES.items():
             of_metric = [x for x in placed if x["metric"] == metric]
@@ -122,8 +122,8 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> list[charts.Chart]:
                 charts.Line(label, points(of_metric, key), dashed)
                 for label, key, dashed in (("pictures", name, False), ("real images", f"{name}_floor", True))
             ]
-            found.append(charts.Chart(title, [p for p in pairs if p.points]))
-    return [chart for chart in found if chart.lines]
+            shown.append(charts.Chart(title, [p for p in pairs if p.points]))
+    return [chart for chart in shown if chart.lines]
 
 
 def number(value: object) -> float | None:
@@ -148,23 +148,23 @@ def table(lines: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     for x in lines:
         cells = []
         for value, floor in ((number(x.get(n)), number(x.get(f"{n}_floor"))) for n in names):
-            beside = "" if floor is None else f" ({floor:.4g})"
-            cells.append("" if value is None else f"{value:.4g}{beside}")
+            in_brackets = "" if floor is None else f" ({floor:.4g})"
+            cells.append("" if value is None else f"{value:.4g}{in_brackets}")
         seen = "" if x["images"] is None else f"{x['images']:,}"
         rows.append([seen, *cells, str(x.get("num", "")), str(x.get("against", ""))])
     return rows
 
 
-def scalars(found: Mapping[str, Any]) -> dict[str, float]:
+def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
     """A line's figures under the names that trackers show."""
-    return {f"eval/{name}": value for name, value in found.items() if name in TITLES and isinstance(value, float)}
+    return {f"eval/{name}": value for name, value in entry.items() if name in TITLES and isinstance(value, float)}
 
 
-def say(found: Mapping[str, Any]) -> str:
-    """A line of figures as a person reads it, the floor always beside the figure."""
-    told = []
+def say(entry: Mapping[str, Any]) -> str:
+    """A line of figures as a person reads it, each figure with its floor in brackets."""
+    parts = []
     for name, show in (("kid", "{:.4f}"), ("swd", "{:.4f}"), ("coverage", "{:.3f}"), ("nearest", "{:.1f}")):
-        floor = found.get(f"{name}_floor")
-        beside = f" (real images {show.format(floor)})" if floor is not None else ""
-        told.append(f"{name.upper() if len(name) == 3 else name} {show.format(found[name])}{beside}")
-    return f"{'  '.join(told)}  on {found['num']:,} pictures against {found['against']}"
+        floor = entry.get(f"{name}_floor")
+        in_brackets = f" (real images {show.format(floor)})" if floor is not None else ""
+        parts.append(f"{name.upper() if len(name) == 3 else name} {show.format(entry[name])}{in_brackets}")
+    return f"{'  '.join(parts)}  on {entry['num']:,} pictures against {entry['against']}"

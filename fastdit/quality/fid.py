@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from fastdit.config import UserError
 from fastdit.data.images import ImageSource
 
-# Ours, and torch-fidelity's. The KID has a name of its own, lest it be held against the offline metric's.
+# Ours, and torch-fidelity's. The KID has a name of its own, so that nobody compares it with the offline metric's.
 NAMES = {
     "fid": "frechet_inception_distance",
     "inception_kid": "kernel_inception_distance_mean",
@@ -62,7 +62,7 @@ def fidelity(made: Dataset[Tensor], real: Dataset[Tensor], device: torch.device,
 
     sizes = [len(made), len(real)]  # type: ignore[arg-type]
     try:
-        found: dict[str, Any] = calculate_metrics(
+        values: dict[str, Any] = calculate_metrics(
             input1=made,
             input2=real,
             cuda=device.type == "cuda",
@@ -79,4 +79,4 @@ def fidelity(made: Dataset[Tensor], real: Dataset[Tensor], device: torch.device,
     except (OSError, AssertionError, ValueError) as error:  # of the download, and of what it is given
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"torch-fidelity: {reason}; --metric offline needs no download") from None
-    return {ours: float(found[theirs]) for ours, theirs in NAMES.items()}
+    return {ours: float(values[theirs]) for ours, theirs in NAMES.items()}

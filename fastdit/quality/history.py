@@ -53,7 +53,7 @@ def facts(config: Config, lines: Sequence[Mapping[str, Any]]) -> list[list[str]]
     space = f"latents of {d.vae}" if d.vae else "pixels"
     seconds, done, skipped = number(last.get("seconds")), last["images"], number(last.get("skipped"))
     loss, energy = [y for _, y in points(lines, "loss")], points(lines, "j_per_img")
-    found = [
+    rows = [
         ["images seen", f"{done:,} of {t.images:,}"],
         ["data", f"{d.path or 'drawn cats'}, {d.image_size[0]}×{d.image_size[1]}, {space}"],
         ["model", f"{m.depth} blocks of width {m.width}, {m.num_heads} heads, patch {m.patch}, {m.num_classes} classes"],
@@ -61,12 +61,12 @@ def facts(config: Config, lines: Sequence[Mapping[str, Any]]) -> list[list[str]]
         ["learning rate", f"{t.lr:g} {t.lr_decay}"],
     ]
     if seconds and seconds > 0:
-        found.append(["training time", f"{seconds / 60:,.1f} min, {done / seconds:,.1f} images per second over all"])
+        rows.append(["training time", f"{seconds / 60:,.1f} min, {done / seconds:,.1f} images per second over all"])
     if tail := loss[-max(1, len(loss) // 20) :]:
-        found.append(["loss at the end", f"{sum(tail) / len(tail):.4f}"])
+        rows.append(["loss at the end", f"{sum(tail) / len(tail):.4f}"])
     if energy:
         joules = sum((x - before) * j for (x, j), before in zip(energy, [0.0, *(x for x, _ in energy)], strict=False))
-        found.append(["energy of the GPUs", f"{joules / 3.6e6:,.3f} kWh, {joules / energy[-1][0]:,.3g} J per image"])
+        rows.append(["energy of the GPUs", f"{joules / 3.6e6:,.3f} kWh, {joules / energy[-1][0]:,.3g} J per image"])
     if skipped:
-        found.append(["steps skipped", f"{skipped:,.0f}"])
-    return found
+        rows.append(["steps skipped", f"{skipped:,.0f}"])
+    return rows

@@ -70,7 +70,7 @@ def nearest(x: Tensor, training: Tensor) -> Tensor:
     0 is a copy. Far below what held-out images get, pictures are memorised ones.
     """
     many = training.flatten(1)
-    found = []
+    distances = []
     for part in x.flatten(1).split(BLOCK):
         part = part.float()
         best, where = torch.full((len(part),), torch.inf, device=x.device), torch.zeros(len(part), dtype=torch.long)
@@ -81,8 +81,8 @@ def nearest(x: Tensor, training: Tensor) -> Tensor:
             where = torch.where(distance < best, index + start, where)
             best = torch.minimum(distance, best)
         # The winner's distance anew: the difference of squares above has lost the digits of a small one.
-        found.append((part - many[where].float()).square().mean(1).sqrt())
-    return torch.cat(found)
+        distances.append((part - many[where].float()).square().mean(1).sqrt())
+    return torch.cat(distances)
 
 
 class Scores(NamedTuple):
@@ -123,10 +123,10 @@ class Judge:
     def score(self, pictures: Tensor) -> Scores:
         """The figures of the first `num` pictures: coverage and sliced-Wasserstein distance depend on how many there are."""
         pictures = pictures[: self.num]
-        found, pixels = features.features(self.network, pictures, self.device), shrink(pictures).to(self.device)
+        vectors, pixels = features.features(self.network, pictures, self.device), shrink(pictures).to(self.device)
         return Scores(
-            kid(found, self.features),
+            kid(vectors, self.features),
             sliced_wasserstein(pixels, self.pixels),
-            coverage(found, self.features),
+            coverage(vectors, self.features),
             nearest(pixels, self.training).median().item(),
         )
