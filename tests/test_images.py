@@ -541,6 +541,14 @@ def test_datasets_that_cannot_be_had_are_one_line(shards):
         assert "\n" not in str(caught.value)
 
 
+def test_without_a_label_column_there_are_no_classes(shards, tmp_path):
+    flat = write(tmp_path / "e", {"a/1.png": png(), "b/2.png": png(1)}).path
+    for path in (str(shards), flat):
+        source = images.open_images(DataConfig(path=path, label_column=None))
+        assert (source.labelled, source.class_names) == (False, ())
+        assert {e.label for e in read(source)} == {None}
+
+
 def test_cats_are_a_source_like_any_other():
     source = images.open_images(DataConfig(num_images=300))
     whole = read(source)

@@ -147,6 +147,6 @@ def _classes(data: DataConfig, table: Any, name: str) -> tuple[tuple[str, ...], 
     if len(words) > MAX_NAMES:
         raise UserError(
             f"{name}: column {data.label_column!r} has {len(words):,} different strings, and at most {MAX_NAMES:,} can be "
-            "classes (--data.label_column names another column; a name that is no column trains without classes)"
+            "classes (--data.label_column names another column, and None trains without classes)"
         )
     return tuple(words), {word: n for n, word in enumerate(words)}, bool(words)
