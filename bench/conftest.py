@@ -1,6 +1,7 @@
 """One way to measure. `pytest bench/` prints a table and writes bench/results/<bench>-<device>.json.
 
-On a GPU a time is the median between device events with L2 flushed before each round; on a CPU it is wall clock. Every
+On a GPU a time is the median between device events, with L2 flushed before each round and the device kept busy until the host
+has launched what is timed; on a CPU it is wall clock. Every
 bandwidth stands beside the copy, and every rate of arithmetic beside the matrix product, measured in the same run.
 """
 
@@ -40,6 +41,7 @@ def _module(stem: str) -> ModuleType:
 
 summary = _module("summary")
 Row, Ceilings = summary.Row, summary.Ceilings
+SPIN_CYCLES = 4_000_000  # 2 to 3 ms, longer than the host takes to launch a kernel and its backward
 STASH = summary.Session()  # pytest hands fixtures and hooks no object in common
 
 
@@ -103,11 +105,13 @@ def seconds(device: torch.device) -> Callable[[Callable[[], object]], float]:
             return time.perf_counter() - start
 
         return on_cpu
+    # While the device spins the host launches: the events then bracket kernels back to back, not the host's dispatch of them.
     flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
 
     def on_gpu(call: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
+        torch.cuda._sleep(SPIN_CYCLES)
         start.record()
         call()
         end.record()

@@ -93,9 +93,22 @@ def save(session: Session) -> list[Path]:
     for bench in dict.fromkeys(row.bench for row in session.rows):
         path = RESULTS / f"{bench}-{slug}.json"
         rows = [row._asdict() for row in session.rows if row.bench == bench]
+        rows = merged(path, rows)
         path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
         written.append(path)
     return written
+
+
+def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of this run, and of the file's those that it did not measure, with the commit that did."""
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["op"], row["baseline"], row["shape"]
+
+    measured = {key(row) for row in rows}
+    before = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    kept = [row for row in before["rows"] if key(row) not in measured]
+    return [{"commit": before.get("commit"), **row} for row in kept] + rows
 
 
 def skipped(reports: Iterable[Any]) -> list[str]:

@@ -23,6 +23,8 @@ from fastdit.runtime.hardware import compute_dtype, memory_bytes, precision
 
 RESERVED = 2 * 10**9  # for the CUDA context, NCCL's buffers and what the allocator cannot hand out
 
+PROCESS = 10**9  # of a rank on a CPU: PyTorch and its libraries, 0.7 GB before a model is there
+
 # --- activations: the real model on the meta device ---
 
 
@@ -252,11 +254,12 @@ def check(config: Config, device: torch.device, ranks: int = 1, num_images: int 
         config = replace(config, parallel={"precision": precision(config.parallel.precision, device)})
         ops = None if device.type == "cuda" else CPU
         held = sum(state_bytes(config, ranks).values())
-        need = held + sum(batch_bytes(config, t.batch, ops).values()) + RESERVED * (device.type == "cuda")
+        reserved = RESERVED if device.type == "cuda" else PROCESS
+        need = held + sum(batch_bytes(config, t.batch, ops).values()) + reserved
         if need <= share:
             return None
         # A line through two batches, so a little less than all of the memory.
-        fits = largest_batch(config, ranks, 0.99 * share + RESERVED * (device.type != "cuda"), ops)
+        fits = largest_batch(config, ranks, 0.99 * share + RESERVED - reserved, ops)
         if fits:
             return (
                 f"by plan a step takes {need / 1e9:,.1f} GB at --train.batch {t.batch}, and there are {share / 1e9:,.1f} GB: "
