@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import tyro
 
 from fastdit.config import RECIPES, Config, RankError, UserError, derive, nearest, plain, replace, validate
-from fastdit.runtime import process, ranks
+from fastdit.runtime import process
 from fastdit.runtime.run import CONFIG, load_config
 
 T = TypeVar("T")
@@ -62,8 +62,15 @@ def parse_run(argv: Sequence[str], prog: str, description: str) -> tuple[Config,
     return _settings(list(argv[1:]), prog, description, saved), True
 
 
+def help_at_once(prog: str, description: str | None) -> None:
+    """Answer --help, where it is all that is asked."""
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        _settings(["--help"], prog, description or "", RECIPES["cats"])
+
+
 def _settings(args: list[str], prog: str, description: str, default: Config) -> Config:
-    usage = f"{description}\n\n{prog} [RECIPE | RUN] [--group.field VALUE …]\nrecipes: {', '.join(RECIPES)}; by default cats"
+    summary = description.partition("\n")[0]
+    usage = f"{summary}\n\n{prog} [RECIPE | RUN] [--group.field VALUE …]\nrecipes: {', '.join(RECIPES)}; by default cats"
     if args and args[0] in ("--help", "-h") and args[1:] != ["all"]:
         print(_short_help(usage, prog, default))
         raise SystemExit(0)
@@ -167,6 +174,8 @@ def run(verb: Callable[[T], object], parse: Callable[[Sequence[str]], T], no_mem
     verb: the work; a number that it returns is the exit status. parse: makes of the arguments what `verb` takes.
     no_memory: the line to end with where memory runs out.
     """
+    from fastdit.runtime import ranks  # here: it imports torch, and --help need not wait for that
+
     process.outlive_terminal()
     process.end_with_parent()
 

@@ -4,6 +4,10 @@
 """
 
 import fastdit  # noqa: F401  # isort: skip  before torch
+from fastdit import command  # isort: skip
+
+if __name__ == "__main__":
+    command.help_at_once("torchrun fastdit/train.py", __doc__)  # and not after the seconds that torch takes to import
 
 import dataclasses
 import functools
@@ -19,8 +23,8 @@ from fastdit_kernels.cpu import CPU
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
-from fastdit import command, pictures, sampling
 from fastdit import config as configs
+from fastdit import pictures, sampling
 from fastdit.checkpoint import Checkpoints, newest
 from fastdit.config import Config, UserError, fit
 from fastdit.data import encoding, vae
@@ -48,7 +52,7 @@ def main() -> None:
     """torchrun fastdit/train.py [RECIPE | RUN] [--group.field VALUE …]"""
 
     def parse(argv: Sequence[str]) -> tuple[Config, bool]:
-        return command.parse_run(argv, "torchrun fastdit/train.py", (__doc__ or "").partition("\n")[0])
+        return command.parse_run(argv, "torchrun fastdit/train.py", __doc__ or "")
 
     command.run(lambda asked: train(*asked), parse, lambda asked: no_memory(asked[0]))
 
