@@ -16,6 +16,6 @@ class Ops(NamedTuple):
     """The four ops of a DiT block. Shapes and formulas are in `reference.py`, which is their specification."""
 
     ln_modulate: Callable[[Tensor, Tensor, Tensor], Tensor]
-    gate_residual_ln_modulate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    gate_residual_ln_modulate: Callable[..., tuple[Tensor, Tensor]]  # x, y, gate, shift, scale and, if there is one, bias
     gelu_dwconv: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
     attention: Callable[[Tensor | tuple[Tensor, Tensor, Tensor]], Tensor]

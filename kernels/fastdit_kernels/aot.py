@@ -1,10 +1,15 @@
-"""Every kernel compiled for an A100 and an H100 with no GPU, and what the compiler made of it, read from the cubin.
+"""Every kernel compiled for an A100, an H100 and a B200 with no GPU, and what the compiler made of it, read from the cubin.
 
     python -m fastdit_kernels.aot [--json bench/results/static.json]
 
-prints, for each direction of each op: registers, spills, the widths of its global loads and stores, fp64 instructions,
-instructions per element, and the times that bytes, instruction issue and the special-function unit set as lower BOUNDS.
-Nothing here is a measurement.
+prints, for each direction of each op: registers, spills, the widths of its global loads and stores, fp64 instructions, warps
+that share an SM, how many times the grid fills the GPU, bytes that an SM's warps load before they wait, instructions per
+element, and the times that bytes, instruction issue and the special-function unit set as lower BOUNDS. Nothing here is a
+measurement.
+
+    python -m fastdit_kernels.aot --arch 120 [--json …]
+
+says for any other architecture only what the compiler made of each kernel.
 
 What is compiled is what an op launches: its own function runs on meta tensors with a recorder in the launch's place.
 """
@@ -22,14 +27,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdit_kernels import adamw_ema, gate_residual_ln_modulate, gelu_dwconv, ln_modulate, sass
+from fastdit_kernels import sass
+from fastdit_kernels.aot_cases import SAMPLES, TOKENS, Case, cases
 from fastdit_kernels.launch import Launch
 from fastdit_kernels.partials import UNROLL, sum_partials_kernel
-
-SAMPLES, TOKENS = 32, 256  # of one GPU's batch at 256×256 pixels
-WIDTHS = (768, 1024, 1152, 1536)
-HIDDEN = ((3072, 3), (4608, 3), (3072, 4), (3072, 5))  # width of the MLP, and side of its convolution
-ELEMENT = 2  # bytes of a bf16
 
 
 class Device(NamedTuple):
@@ -52,7 +53,9 @@ class Device(NamedTuple):
 DEVICES = {
     "A100 SXM 40 GB": Device(80, 1.555e12, 108, 1.41e9),
     "H100 SXM": Device(90, 3.35e12, 132, 1.83e9),
+    "B200": Device(100, 8e12, 148, 1.85e9),
 }
+MAX_WARPS, MAX_PROGRAMS = 64, 32  # of an SM of these
 
 
 class Recorded(NamedTuple):
@@ -61,22 +64,6 @@ class Recorded(NamedTuple):
     num_warps: int
     max_registers: int | None
     args: dict[str, Any]
-
-
-class Case(NamedTuple):
-    """One direction of an op at one size."""
-
-    name: str
-    width: int
-    elements: int  # that the floor of bytes counts: of the stream, or of the hidden layer
-    floor: int  # bytes per element
-    moved: int  # bytes in all, with partials
-    build: Callable[[Launch], object]
-    trips: dict[str, tuple[int, ...]]  # by kernel name, as `sass.read` takes them; none for partial sums or where nothing loops
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def record(build: Callable[[Launch], object]) -> list[Recorded]:
@@ -117,26 +104,49 @@ def source(launch: Recorded) -> ASTSource:
 
 def compile_launch(launch: Recorded, arch: int, trips: Sequence[int] = ()) -> sass.Compiled:
     """Compile one recorded launch for sm_<arch>, with no GPU, and read the result."""
-    options = {"num_warps": launch.num_warps, "maxnreg": launch.max_registers}
+    options = {"num_warps": launch.num_warps, "maxnreg": launch.max_registers, "enable_fp_fusion": True}
     compiled = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=options)
     return sass.read(launch.kernel.__name__, compiled.asm["cubin"], compiled.asm["ptx"], trips)
+
+
+def resident(registers: int, shared: int, num_warps: int) -> int:
+    """Programs that share an SM. Each of its four parts has 16,384 registers, handed to a warp in units of 256."""
+    warps_of_part = 16384 // (math.ceil(registers / 8) * 8 * 32)
+    by_memory = 160 * 1024 // (shared + 1024)  # the smallest of these GPUs' shared memory, less 1 KB for each program
+    return min(4 * warps_of_part // num_warps, MAX_WARPS // num_warps, MAX_PROGRAMS, by_memory)
+
+
+def kernels_of(case: Case, arch: int) -> list[tuple[Recorded, sass.Compiled]]:
+    """Each launch of a case, and what the compiler made of it for sm_<arch>."""
+    found = []
+    for launch in record(case.build):
+        trips = case.trips.get(launch.kernel.__name__, ())
+        if launch.kernel is sum_partials_kernel:
+            trips = (triton.cdiv(launch.args["S"], UNROLL),)
+        found.append((launch, compile_launch(launch, arch, trips)))
+    return found
 
 
 def examine(case: Case, device: str) -> dict[str, Any]:
     """The row of one case on one device: what `sass.Compiled` holds of each kernel, and what their sums bound the time by."""
     limits = DEVICES[device]
     kernels, issued, special = [], 0.0, 0.0
-    for launch in record(case.build):
-        trips = case.trips
-        if launch.kernel is sum_partials_kernel:
-            trips = {"sum_partials_kernel": (triton.cdiv(launch.args["S"], UNROLL),)}
-        compiled = compile_launch(launch, limits.arch, trips.get(launch.kernel.__name__, ()))
-        threads = 32 * launch.num_warps
-        for size in launch.grid:
-            threads *= size
+    for launch, compiled in kernels_of(case, limits.arch):
+        threads = 32 * launch.num_warps * math.prod(launch.grid)
         issued += compiled.issued * threads
         special += compiled.special * threads
-        kernels.append({**compiled._asdict(), "grid": launch.grid, "num_warps": launch.num_warps})
+        programs = resident(compiled.registers, compiled.shared, launch.num_warps)
+        loaded = sum(int(width) * count for width, count in compiled.loads.items()) // 8  # bytes of a thread
+        kernels.append(
+            {
+                **compiled._asdict(),
+                "grid": launch.grid,
+                "num_warps": launch.num_warps,
+                "warps_per_sm": programs * launch.num_warps,
+                "waves": math.prod(launch.grid) / (programs * limits.sms),
+                "bytes_in_flight_per_sm": programs * launch.num_warps * 32 * loaded,
+            }
+        )
     bounds = {
         "bytes": case.moved / limits.bandwidth,
         "issue": issued / limits.issue,
@@ -158,93 +168,10 @@ def examine(case: Case, device: str) -> dict[str, Any]:
     }
 
 
-def ln_modulate_cases(B: int, T: int, D: int) -> list[Case]:
-    moved = ln_modulate.traffic(B, T, D, ELEMENT, ELEMENT)
-    x, packed, statistics = meta(B, T, D), meta(B, 6, D), meta(B, T, dtype=torch.float32)
-    shift, scale = packed[:, 0], packed[:, 1]
-    forward_rows = ln_modulate.forward_split(B, T, D)[1]
-    backward_rows = ln_modulate.backward_split(B, T, D)[1]
-    return [
-        Case(
-            "ln_modulate forward", D, B * T * D, 4, moved["forward"],
-            lambda launch: ln_modulate.forward(x, shift, scale, launch),
-            {"ln_modulate_forward_kernel": (forward_rows,)},
-        ),
-        Case(
-            "ln_modulate backward", D, B * T * D, 6, moved["backward"],
-            lambda launch: ln_modulate.backward(x, x, scale, statistics, statistics, launch),
-            {"ln_modulate_backward_kernel": (backward_rows,)},
-        ),
-    ]  # fmt: skip
-
-
-def gate_residual_ln_modulate_cases(B: int, T: int, D: int) -> list[Case]:
-    moved = gate_residual_ln_modulate.traffic(B, T, D, ELEMENT, ELEMENT)
-    x, packed, statistics = meta(B, T, D), meta(B, 6, D), meta(B, T, dtype=torch.float32)
-    gate, shift, scale = packed[:, 2], packed[:, 3], packed[:, 4]
-    forward_rows = ln_modulate.forward_split(B, T, D)[1]
-    backward_rows = ln_modulate.backward_split(B, T, D)[1]
-    return [
-        Case(
-            "gate_residual_ln_modulate forward", D, B * T * D, 8, moved["forward"],
-            lambda launch: gate_residual_ln_modulate.forward(x, x, gate, shift, scale, launch),
-            {"gate_residual_ln_modulate_forward_kernel": (forward_rows,)},
-        ),
-        Case(
-            "gate_residual_ln_modulate backward", D, B * T * D, 12, moved["backward"],
-            lambda launch: gate_residual_ln_modulate.backward(x, x, x, x, gate, scale, statistics, statistics, launch),
-            {"gate_residual_ln_modulate_backward_kernel": (backward_rows,)},
-        ),
-    ]  # fmt: skip
-
-
-def gelu_dwconv_cases(B: int, side: int, F: int, K: int) -> list[Case]:
-    moved = gelu_dwconv.traffic(B, side, side, F, K, ELEMENT, ELEMENT)
-    h, bias, taps = meta(B, side * side, F), meta(F), meta(K * K, F, dtype=torch.float32)
-    forward_steps = gelu_dwconv.forward_split(B, side, side, K).steps
-    backward_steps = gelu_dwconv.backward_split(B, side, side, K).steps
-    return [
-        Case(
-            f"gelu_dwconv K={K} forward", F, h.numel(), 4, moved["forward"],
-            lambda launch: gelu_dwconv.forward(h, bias, taps, bias, side, side, False, launch),
-            {"gelu_dwconv_forward_kernel": (forward_steps, side)},
-        ),
-        Case(
-            f"gelu_dwconv K={K} backward", F, h.numel(), 6, moved["backward"],
-            lambda launch: gelu_dwconv.backward(h, h, bias, taps, side, side, launch),
-            {"gelu_dwconv_backward_kernel": (backward_steps, side)},
-        ),
-    ]  # fmt: skip
-
-
-def adamw_ema_cases(D: int) -> list[Case]:
-    """Tensors of a block's shapes: its four matrices' worth of numbers, and biases."""
-    shapes = ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D), (3 * D,), (D,), (4 * D,), (D,))
-    tensors = [meta(*shape, dtype=torch.float32) for shape in shapes]
-    numbers, number = meta(len(shapes), dtype=torch.float32), meta(dtype=torch.float32)
-    sizes = [t.numel() for t in tensors]
-    return [
-        Case(
-            "adamw_ema", D, sum(sizes), 36, adamw_ema.traffic(sizes),
-            lambda launch: adamw_ema.update(
-                *(tensors,) * 5, numbers, numbers, number, number, number, number, None, 0.9, 0.999, 1e-8, launch
-            ),
-            {},
-        )
-    ]  # fmt: skip
-
-
-def cases() -> list[Case]:
-    """What the table shows and the tests hold to the bar: every op, forward and backward, at every width."""
-    adaln = [
-        case
-        for D in WIDTHS
-        for of_op in (ln_modulate_cases, gate_residual_ln_modulate_cases)
-        for case in of_op(SAMPLES, TOKENS, D)
-    ]
-    side = math.isqrt(TOKENS)
-    convolution = [case for F, K in HIDDEN for case in gelu_dwconv_cases(SAMPLES, side, F, K)]
-    return adaln + convolution + adamw_ema_cases(WIDTHS[0])  # whatever the widths, it is one kernel
+def compiled_only(case: Case, arch: int) -> dict[str, Any]:
+    """The row of one case for an architecture of which no data sheet is kept here."""
+    kernels = [{**compiled._asdict(), "num_warps": launch.num_warps} for launch, compiled in kernels_of(case, arch)]
+    return {"op": case.name, "width": case.width, "arch": f"sm_{arch}", "kernels": kernels}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -254,15 +181,21 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         return " ".join(f"{count}×{width}b" for width, count in sorted(counts.items(), key=lambda item: -int(item[0])))
 
     lines = [
-        f"{'op, kernel':51} {'arch':5} {'width':>5} {'regs':>4} {'spills':>6} {'stack':>5} {'fp64':>4}  {'loads':16} stores",
+        f"{'op, kernel':61} {'arch':6} {'width':>5} {'regs':>4} {'spills':>6} {'stack':>5} {'fp64':>4}"
+        f" {'warps/SM':>8} {'waves':>5} {'KB/SM':>5}  {'loads':16} stores",
         "  bytes, instructions and special-function results per element; lower bounds in µs, not measurements",
     ]
     for row in rows:
         for k in row["kernels"]:
+            filled = ""
+            if "waves" in k:
+                filled = f" {k['warps_per_sm']:8} {k['waves']:5.2f} {k['bytes_in_flight_per_sm'] / 1024:5.1f}"
             lines.append(
-                f"{row['op'] + ', ' + k['kernel']:51} {row['arch']:5} {row['width']:5} {k['registers']:4} {k['spills']:6}"
-                f" {k['stack']:5} {k['fp64']:4}  {widths(k['loads']):16} {widths(k['stores'])}"
+                f"{row['op'] + ', ' + k['kernel']:61} {row['arch']:6} {row['width']:5} {k['registers']:4} {k['spills']:6}"
+                f" {k['stack']:5} {k['fp64']:4}{filled}  {widths(k['loads']):16} {widths(k['stores'])}"
             )
+        if "bound_us" not in row:
+            continue
         bound = ", ".join(f"{name} {microseconds:.1f}" for name, microseconds in row["bound_us"].items())
         lines.append(
             f"  {row['bytes_per_element']:.2f} B (floor {row['floor_bytes_per_element']}),"
@@ -273,12 +206,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile every kernel for an A100 and an H100, and print what bounds it.")
+    parser = argparse.ArgumentParser(description="Compile every kernel for a GPU that is not here, and print what bounds it.")
+    parser.add_argument("--arch", type=int, nargs="+", help="other architectures, such as 86 or 120, instead of the devices'")
     parser.add_argument("--json", type=Path, help="also write the table here")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the kernels are interpreted functions and cannot be compiled")
-    rows = [examine(case, device) for case in cases() for device in DEVICES]
+    if arguments.arch:
+        rows = [compiled_only(case, arch) for arch in arguments.arch for case in cases(arch)]
+    else:
+        rows = [examine(case, device) for device, limits in DEVICES.items() for case in cases(limits.arch)]
     print(table(rows))
     if arguments.json:
         about = {"kind": "bounds from the compiled code, not measurements", "samples": SAMPLES, "tokens": TOKENS}

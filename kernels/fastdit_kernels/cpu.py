@@ -64,26 +64,32 @@ class _LnModulate(torch.autograd.Function):
 
 class _GateResidualLnModulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, gate, shift, scale):
-        if gate.dtype == x.dtype:
+    def forward(ctx, x, y, gate, shift, scale, bias):
+        if bias is None and gate.dtype == x.dtype:
             r = torch.addcmul(x, y, gate.unsqueeze(1))  # fp32 within, rounded once
         else:
-            r = torch.addcmul(wide(x), wide(y), wide(gate).unsqueeze(1)).to(x.dtype)
+            r = torch.empty_like(x)
+            for i in _chunks(x, size=2):
+                update = wide(y[i]) if bias is None else wide(y[i]) + bias
+                r[i] = torch.addcmul(wide(x[i]), update, wide(gate[i]).unsqueeze(1))
         m, mean, rstd = _norm(r, shift, scale)
-        ctx.save_for_backward(r, y, gate, shift, scale, mean, rstd)
+        ctx.save_for_backward(r, y, gate, shift, scale, bias, mean, rstd)
         return r, m
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dr, dm):
-        r, y, gate, shift, scale, mean, rstd = ctx.saved_tensors
+        r, y, gate, shift, scale, bias, mean, rstd = ctx.saved_tensors
         dx, dy, dgate, dshift, dscale = (torch.empty_like(t) for t in (r, y, gate, shift, scale))
+        dbias = None if bias is None else torch.zeros_like(bias, dtype=mean.dtype)
         for i in _chunks(r, size=2):
             total, dshift[i], dscale[i] = _norm_backward(wide(dm[i]), wide(r[i]), scale[i], mean[i], rstd[i])
             dx[i] = total.add_(dr[i])
-            dgate[i] = (total * y[i]).sum(1)
+            dgate[i] = (total * (y[i] if bias is None else wide(y[i]) + bias)).sum(1)
             dy[i] = total.mul_(gate[i].unsqueeze(1))
-        return dx, dy, dgate, dshift, dscale
+            if dbias is not None:
+                dbias += total.sum((0, 1))
+        return dx, dy, dgate, dshift, dscale, None if dbias is None else dbias.to(bias.dtype)
 
 
 def _norm(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,9 +117,11 @@ def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return _LnModulate.apply(x, shift, scale)
 
 
-def gate_residual_ln_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def gate_residual_ln_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As `reference.gate_residual_ln_modulate`."""
-    return _GateResidualLnModulate.apply(x, y, gate, shift, scale)
+    return _GateResidualLnModulate.apply(x, y, gate, shift, scale, bias)
 
 
 # --- GELU and depthwise convolution ---

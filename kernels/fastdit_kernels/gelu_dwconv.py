@@ -3,8 +3,8 @@ per element in bf16; backward 6. Only h is saved: the activation and its slope a
 
 The tile. The grid is cut into vertical strips a few columns wide, numbered through the whole batch, so that 4×4 tokens fill a
 program as well as 128×128. A program owns 16 columns of 64 channels, one image at 16×16, and walks down the rows. A thread owns
-one strip and 8 channels (4 in the backward of K > 3, whose K² sums for each channel would not fit in registers), so that a
-neighbouring row or column is another of its own registers: GELU is evaluated once for each column a strip reads,
+one strip and 8 channels, or fewer in the backward of K > 3, whose K² sums for each channel would not fit in registers. A
+neighbouring row or column is thus another of the thread's own registers: GELU is evaluated once for each column a strip reads,
 (COLS + K - 1)/COLS times per element instead of K, and nothing passes through shared memory.
 
 Forward. A row's activations enter K rows of output; K - 1 unfinished ones are carried to the next row. Outside the grid the
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastdit_kernels.checks import STREAM_DTYPES, require, require_stream
 from fastdit_kernels.gelu_dwconv_kernels import gelu_dwconv_backward_kernel, gelu_dwconv_forward_kernel
-from fastdit_kernels.launch import Launch, run, skip
+from fastdit_kernels.launch import Launch, architecture, run
 from fastdit_kernels.partials import sum_partials
 
 __all__ = ["gelu_dwconv"]
@@ -77,21 +77,27 @@ def columns_read(split: Split, width: int, tile: Tile, before: int, after: int) 
     return total
 
 
-# Chosen from the code compiled for sm_80 and sm_90: the fewest instructions per element that do not spill, with 128-bit
-# accesses to the streams. The backward of K > 3 alone makes do with 64-bit ones; a warp still takes 128 bytes of each token.
+# Chosen from the code that Triton 3.6, 3.8 and 3.9 compile for sm_80, 86, 89, 90, 100 and 120: the fewest instructions per
+# element that spill in none of them. A thread has 8 channels of K = 3, one 128-bit access to the streams, and 4 or 2 where the
+# sums of the backward leave no room for more. A warp then still takes whole 128-byte lines: 64 channels of each token.
 FORWARD_TILES = {3: Tile(4, 4, 1), 4: Tile(2, 8, 2), 5: Tile(2, 8, 2)}
-BACKWARD_TILES = {3: Tile(2, 8, 2), 4: Tile(4, 4, 2), 5: Tile(4, 4, 2)}
+BACKWARD_TILES = {3: Tile(2, 8, 2), 4: Tile(4, 4, 2), 5: Tile(4, 4, 4)}
+BACKWARD_TILES_OF = {(3, 120): Tile(4, 4, 2), (4, 100): Tile(4, 4, 4)}  # (K, architecture): these need more registers
 
 # Tokens of a program for each tap: what every program reads and writes besides, taps and sums, grows with K².
 FORWARD_TOKENS, BACKWARD_TOKENS = 32, 64
+
+
+def backward_tile(K: int, arch: int) -> Tile:
+    return BACKWARD_TILES_OF.get((K, arch), BACKWARD_TILES[K])
 
 
 def forward_split(B: int, height: int, width: int, K: int) -> Split:
     return split(B, height, width, FORWARD_TILES[K], FORWARD_TOKENS * K * K)
 
 
-def backward_split(B: int, height: int, width: int, K: int) -> Split:
-    return split(B, height, width, BACKWARD_TILES[K], BACKWARD_TOKENS * K * K)
+def backward_split(B: int, height: int, width: int, K: int, arch: int) -> Split:
+    return split(B, height, width, backward_tile(K, arch), BACKWARD_TOKENS * K * K)
 
 
 def forward(
@@ -107,22 +113,26 @@ def forward(
             gelu_dwconv_forward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_h=h, p_bias=bias, p_taps=taps,
             p_conv_bias=conv_bias, p_z=z, num_strips=strips, steps=steps, H=height, W=width, F=F, K=K, STRIPS=tile.strips,
             COLS=tile.columns, BLOCK=BLOCK,
-            EXACT=exact or h.dtype == torch.float32 or triton.knobs.runtime.interpret,
+            EXACT=exact or h.dtype != torch.bfloat16 or triton.knobs.runtime.interpret,
         )  # fmt: skip
     return z
 
 
+def backward_outputs(h: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+    """(dh, sums), not yet computed: dh like h; sums [K² + 2, F] in fp32 are dtaps, dbias and dconv_bias."""
+    return torch.empty_like(h), taps.new_empty(taps.shape[0] + 2, taps.shape[1])
+
+
 def backward(
-    dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int, launch: Launch
+    dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int, launch: Launch, arch: int = 80
 ) -> tuple[Tensor, Tensor]:
-    """(dh, sums): dh like h; sums [K² + 2, F] in fp32 are dtaps, dbias and dconv_bias."""
+    """(dh, sums), as `backward_outputs` has them, by the tile of this architecture."""
     (B, _, F), K = h.shape, math.isqrt(taps.shape[0])
-    dh = torch.empty_like(h)
+    dh, sums = backward_outputs(h, taps)
     if not h.numel():
-        return dh, taps.new_zeros(K * K + 2, F)
-    sums = taps.new_empty(K * K + 2, F)
-    tile = BACKWARD_TILES[K]
-    strips, programs, steps = backward_split(B, height, width, K)
+        return dh, sums.zero_()
+    tile = backward_tile(K, arch)
+    strips, programs, steps = backward_split(B, height, width, K, arch)
     partials = taps.new_empty(1, programs, (K * K + 2) * F)
     launch(
         gelu_dwconv_backward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_dz=dz, p_h=h, p_bias=bias,
@@ -133,7 +143,7 @@ def backward(
     return dh, sums
 
 
-def traffic(B: int, height: int, width: int, F: int, K: int, stream: int, parameter: int) -> dict[str, int]:
+def traffic(B: int, height: int, width: int, F: int, K: int, stream: int, parameter: int, arch: int = 80) -> dict[str, int]:
     """Bytes each direction touches: each program's distinct addresses, summed. `stream` and `parameter` are bytes per element.
 
     The floor of 2 and 3 streams; columns that neighbouring programs both read; taps and biases, once a program; the fp32
@@ -141,9 +151,9 @@ def traffic(B: int, height: int, width: int, F: int, K: int, stream: int, parame
     """
     column = height * F * stream
     before, after = (K - 1) // 2, K // 2
-    ahead, back = forward_split(B, height, width, K), backward_split(B, height, width, K)
+    ahead, back = forward_split(B, height, width, K), backward_split(B, height, width, K, arch)
     h_read = columns_read(ahead, width, FORWARD_TILES[K], before, after)
-    dz_read = columns_read(back, width, BACKWARD_TILES[K], after, before)
+    dz_read = columns_read(back, width, backward_tile(K, arch), after, before)
     sums = (K * K + 2) * F * 4
     return {
         "forward": (B * width + h_read) * column + ahead.programs * F * (4 * K * K + 2 * parameter),
@@ -159,17 +169,17 @@ def _op(h: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor, height: int, w
 
 @_op.register_fake
 def _(h: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor, height: int, width: int, exact: bool) -> Tensor:
-    return forward(h, bias, taps, conv_bias, height, width, exact, skip)
+    return torch.empty_like(h)
 
 
 @torch.library.custom_op("fastdit::gelu_dwconv_backward", mutates_args=())
 def _backward_op(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    return backward(dz, h, bias, taps, height, width, run)
+    return backward(dz, h, bias, taps, height, width, run, architecture(h.device))
 
 
 @_backward_op.register_fake
 def _(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    return backward(dz, h, bias, taps, height, width, skip)
+    return backward_outputs(h, taps)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -196,8 +206,9 @@ def gelu_dwconv(
     keeps it, K in {3, 4, 5}, contiguous, of one such dtype. Zero padding of the activation keeps the grid: (K-1)//2 before and
     K//2 after. Returns [B, H·W, F] in h's dtype. Raises ValueError for anything else.
 
-    For 16-bit streams a GPU's own tanh serves the forward, relative error 2⁻¹¹; `exact` asks for one formed from exp, which
-    the gradients, fp32 streams, and the interpreter, which has no such instruction, always get.
+    In the forward of a bf16 stream tanh is the GPU's own instruction, whose relative error is 2⁻¹¹, an eighth of bf16's.
+    `exact` asks for one formed from exp. Gradients and other streams always get that one: the instruction's error is as large
+    as fp16's rounding. So does the interpreter, which has no such instruction.
     """
     require_stream(OP, "h", h, "[B, H·W, F]")
     _, T, F = h.shape

@@ -1,5 +1,20 @@
 """The kernels of gelu_dwconv, whose file says what they compute and why the tile is what it is.
 
+A strip of COLS = 4 columns at K = 3. The program walks down the rows; at row y, forward
+
+       b  0  1  2  3  a       reads h at b, 0 … 3 and a: its own columns, BEFORE columns left of them and AFTER right of them
+     ┌────────────────┐
+ y-1 │    z  z  z  z  │       carried row 0 (unfinished[0:4]): row y is the last it lacks, so it is stored
+ y   │ g  g  g  g  g  g       GELU once for each column read; these activations enter K rows of z
+ y+1 │    .  .  .  .  │       begun at this row, and carried on with row y of z: the new `unfinished`
+     └────────────────┘
+
+and backward reads h and writes dh at row y alone, and meets each dz of the K rows and COLS + K - 1 columns about it:
+
+                 y-1   d  d  d  d  d  d       dz[y + BEFORE - i, x + BEFORE - j] is multiplied
+                 y     d  d  d  d  d  d       by weight[i, j] into du[y, x],
+                 y+1   d  d  d  d  d  d       and by GELU(h + bias)[y, x] into dweight[i, j]
+
 One thread's columns are a tuple of tensors, of which Triton gives each thread the same lanes: [STRIPS, BLOCK] everywhere.
 """
 
@@ -76,7 +91,7 @@ def inside(m_s, o_x, x: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def load_taps(p_row, m_c, F: tl.constexpr, K: tl.constexpr):
-    """One row of the weight. Loaded for every row of the grid, out of L1: K² taps of 8 channels would fill the registers."""
+    """One row of the weight, loaded again for every row of the grid, out of L1: K² taps would fill the registers."""
     b_taps = ()
     for i in tl.static_range(K):
         b_taps = b_taps + (tl.load(p_row + i * F, mask=m_c, other=0.0),)
@@ -85,10 +100,22 @@ def load_taps(p_row, m_c, F: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def gelu_dwconv_forward_kernel(
-    p_h, p_bias, p_taps, p_conv_bias, p_z, num_strips, steps,
-    H: tl.constexpr, W: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
-    STRIPS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
+    p_h,  # [B, H·W, F]
+    p_bias,  # [F]
+    p_taps,  # [K·K, F] fp32
+    p_conv_bias,  # [F]
+    p_z,  # [B, H·W, F]
+    num_strips,  # in the whole batch
+    steps,  # tiles of a program
+    H: tl.constexpr,
+    W: tl.constexpr,
+    F: tl.constexpr,
+    K: tl.constexpr,
+    STRIPS: tl.constexpr,  # of a tile
+    COLS: tl.constexpr,  # of a strip
+    BLOCK: tl.constexpr,  # channels of a program
+    EXACT: tl.constexpr,  # or tanh.approx
+):
     BEFORE: tl.constexpr = (K - 1) // 2
     AFTER: tl.constexpr = K // 2
     o_c, m_c = locate_channels(F, STRIPS, BLOCK)
@@ -130,14 +157,26 @@ def gelu_dwconv_forward_kernel(
 
 @triton.jit
 def gelu_dwconv_backward_kernel(
-    p_dz, p_h, p_bias, p_taps, p_dh, p_partials, num_strips, steps,
-    H: tl.constexpr, W: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
-    STRIPS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    p_dz,  # [B, H·W, F]
+    p_h,  # [B, H·W, F]
+    p_bias,  # [F]
+    p_taps,  # [K·K, F] fp32
+    p_dh,  # [B, H·W, F]
+    p_partials,  # [programs, K·K + 2, F] fp32: dtaps, dbias and dconv_bias of each program's strips
+    num_strips,  # in the whole batch
+    steps,  # tiles of a program
+    H: tl.constexpr,
+    W: tl.constexpr,
+    F: tl.constexpr,
+    K: tl.constexpr,
+    STRIPS: tl.constexpr,  # of a tile
+    COLS: tl.constexpr,  # of a strip
+    BLOCK: tl.constexpr,  # channels of a program
+):
     BEFORE: tl.constexpr = (K - 1) // 2
     AFTER: tl.constexpr = K // 2
     o_c, m_c = locate_channels(F, STRIPS, BLOCK)
-    b_bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_held = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_zero = tl.zeros([STRIPS, BLOCK], tl.float32)
     b_dbias = b_zero
     b_dconv_bias = b_zero
@@ -151,6 +190,8 @@ def gelu_dwconv_backward_kernel(
         p_reach = p_dz + o_first + o_c
         p_out = p_dh + o_first + o_c
         for y in range(H):
+            # At K = 3 loaded again for every row, out of L1: held, its eight registers are those that spill.
+            b_bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32) if K == 3 else b_held
             b_g = ()
             b_slope = ()
             b_du = ()

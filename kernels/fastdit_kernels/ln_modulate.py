@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdit_kernels.checks import STREAM_DTYPES, require, require_stream
-from fastdit_kernels.launch import Launch, block_and_warps, run, skip
+from fastdit_kernels.launch import Launch, block_and_warps, run
 from fastdit_kernels.partials import split_rows, sum_partials
 from fastdit_kernels.reference import EPS
 
@@ -35,9 +35,20 @@ def backward_split(B: int, T: int, D: int) -> tuple[int, int]:
 
 @triton.jit
 def ln_modulate_forward_kernel(
-    p_x, p_shift, p_scale, p_m, p_mean, p_rstd, T, rows, stride_shift, stride_scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,  # EPS constexpr: a compiler may pass Python floats as fp64
-):  # fmt: skip
+    p_x,  # [B, T, D]
+    p_shift,  # [B, D], rows stride_shift apart
+    p_scale,  # [B, D], rows stride_scale apart
+    p_m,  # [B, T, D]
+    p_mean,  # [B, T] fp32
+    p_rstd,  # [B, T] fp32
+    T,
+    rows,  # of a program
+    stride_shift,
+    stride_scale,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,  # the power of two that covers D
+    EPS: tl.constexpr,  # constexpr: a compiler may pass Python floats as fp64
+):
     i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
@@ -57,7 +68,18 @@ def ln_modulate_forward_kernel(
 
 @triton.jit
 def ln_modulate_backward_kernel(
-    p_dm, p_x, p_scale, p_mean, p_rstd, p_dx, p_partials, T, rows, stride_scale, D: tl.constexpr, BLOCK: tl.constexpr
+    p_dm,  # [B, T, D]
+    p_x,  # [B, T, D]
+    p_scale,  # [B, D], rows stride_scale apart
+    p_mean,  # [B, T] fp32
+    p_rstd,  # [B, T] fp32
+    p_dx,  # [B, T, D]
+    p_partials,  # [B, S, 2, D] fp32: dshift and dscale of each program's rows
+    T,
+    rows,  # of a program
+    stride_scale,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,  # the power of two that covers D
 ):
     i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_d = tl.arange(0, BLOCK)
@@ -82,11 +104,16 @@ def ln_modulate_backward_kernel(
     tl.store(p_partial + D, b_dscale, mask=m_d)
 
 
+def forward_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(m, mean, rstd), not yet computed: m like x, the statistics of each row [B, T] in fp32."""
+    B, T, _ = x.shape
+    return torch.empty_like(x), x.new_empty(B, T, dtype=torch.float32), x.new_empty(B, T, dtype=torch.float32)
+
+
 def forward(x: Tensor, shift: Tensor, scale: Tensor, launch: Launch) -> tuple[Tensor, Tensor, Tensor]:
-    """(m, mean, rstd): m like x, the statistics of each row [B, T] in fp32."""
+    """(m, mean, rstd), as `forward_outputs` has them."""
     B, T, D = x.shape
-    m = torch.empty_like(x)
-    mean, rstd = (torch.empty(B, T, dtype=torch.float32, device=x.device) for _ in range(2))
+    m, mean, rstd = forward_outputs(x)
     if x.numel():
         splits, rows = forward_split(B, T, D)
         block, num_warps = block_and_warps(D)
@@ -97,16 +124,21 @@ def forward(x: Tensor, shift: Tensor, scale: Tensor, launch: Launch) -> tuple[Te
     return m, mean, rstd
 
 
+def backward_outputs(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx, dmod), not yet computed: dx like x; dmod [B, 2, D] in scale's dtype holds dshift and dscale."""
+    B, _, D = x.shape
+    return torch.empty_like(x), scale.new_empty(B, 2, D)
+
+
 def backward(dm: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
-    """(dx, dmod): dx like x; dmod [B, 2, D] in scale's dtype holds dshift and dscale."""
+    """(dx, dmod), as `backward_outputs` has them."""
     B, T, D = x.shape
-    dx = torch.empty_like(x)
+    dx, dmod = backward_outputs(x, scale)
     if not x.numel():
-        return dx, scale.new_zeros(B, 2, D)
-    dmod = scale.new_empty(B, 2, D)
+        return dx, dmod.zero_()
     splits, rows = backward_split(B, T, D)
     block, num_warps = block_and_warps(D)
-    partials = torch.empty(B, splits, 2 * D, dtype=torch.float32, device=x.device)
+    partials = x.new_empty(B, splits, 2 * D, dtype=torch.float32)
     launch(
         ln_modulate_backward_kernel, (B, splits), num_warps, p_dm=dm, p_x=x, p_scale=scale, p_mean=mean, p_rstd=rstd, p_dx=dx,
         p_partials=partials, T=T, rows=rows, stride_scale=scale.stride(0), D=D, BLOCK=block,
@@ -128,9 +160,9 @@ def traffic(B: int, T: int, D: int, stream: int, modulation: int) -> dict[str, i
     }
 
 
-# A custom_op, not a triton_op: a compiler has nothing to fuse with these kernels (their neighbours are matrix multiplications),
-# and an opaque op takes strided views as they are, keeps Triton's own launcher and its fp32 scalars, and compiles on a CPU too,
-# where its body runs in the interpreter. Its price is about 10 µs of dispatch a call in eager mode.
+# A custom_op, not a triton_op. A compiler has nothing to fuse with these kernels, whose neighbours are matrix multiplications.
+# An opaque op takes strided views as they are, keeps Triton's own launcher and its fp32 scalars, and compiles on a CPU too,
+# where its body runs in the interpreter. It costs about 10 µs of dispatch a call in eager mode.
 @torch.library.custom_op("fastdit::ln_modulate", mutates_args=())
 def _op(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return forward(x, shift, scale, run)
@@ -138,7 +170,7 @@ def _op(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 @_op.register_fake
 def _(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(x, shift, scale, skip)
+    return forward_outputs(x)
 
 
 @torch.library.custom_op("fastdit::ln_modulate_backward", mutates_args=())
@@ -148,7 +180,7 @@ def _backward_op(dm: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tenso
 
 @_backward_op.register_fake
 def _(dm: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    return backward(dm, x, scale, mean, rstd, skip)
+    return backward_outputs(x, scale)
 
 
 def _save(ctx, inputs, output) -> None:

@@ -36,13 +36,17 @@ def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return _modulate(wide(x), shift, scale).to(x.dtype)
 
 
-def gate_residual_ln_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Finish a block's gated residual and open the next one: r = x + gate·y, m = LN(r)·(1 + scale) + shift.
+def gate_residual_ln_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Finish a block's gated residual and open the next one: r = x + gate·(y + bias), m = LN(r)·(1 + scale) + shift.
 
-    x and y [B, T, D] of one dtype; gate, shift and scale [B, D], any strides. Returns (r, m), both [B, T, D] in x's dtype.
-    r is rounded to x's dtype before it is normalised, so that forward and backward see the residual that was stored.
+    x and y [B, T, D] of one dtype; gate, shift and scale [B, D], any strides; bias [D], where the Linear that made y left it
+    to this op. Returns (r, m), both [B, T, D] in x's dtype. r is rounded to x's dtype before it is normalised, so that forward
+    and backward see the residual that was stored.
     """
-    r = torch.addcmul(wide(x), wide(y), wide(gate).unsqueeze(1)).to(x.dtype)
+    update = wide(y) if bias is None else wide(y) + wide(bias)
+    r = torch.addcmul(wide(x), update, wide(gate).unsqueeze(1)).to(x.dtype)
     return r, _modulate(wide(r), shift, scale).to(x.dtype)
 
 

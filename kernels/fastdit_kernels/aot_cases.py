@@ -1,0 +1,126 @@
+"""The sizes at which `aot.py` compiles each op's kernels, with meta tensors for arguments, and the bytes each of them moves."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdit_kernels import adamw_ema, gate_residual_ln_modulate, gelu_dwconv, ln_modulate
+from fastdit_kernels.launch import Launch
+
+SAMPLES, TOKENS = 32, 256  # of one GPU's batch at 256×256 pixels
+WIDTHS = (768, 1024, 1152, 1536)
+HIDDEN = ((3072, 3), (4608, 3), (3072, 4), (3072, 5))  # width of the MLP, and side of its convolution
+ELEMENT = 2  # bytes of a bf16
+
+
+class Case(NamedTuple):
+    """One direction of an op at one size."""
+
+    name: str
+    width: int
+    elements: int  # that the floor of bytes counts: of the stream, or of the hidden layer
+    floor: int  # bytes per element
+    moved: int  # bytes in all, with partials
+    build: Callable[[Launch], object]
+    trips: dict[str, tuple[int, ...]]  # by kernel name, as `sass.read` takes them; none for partial sums or where nothing loops
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def ln_modulate_cases(B: int, T: int, D: int) -> list[Case]:
+    moved = ln_modulate.traffic(B, T, D, ELEMENT, ELEMENT)
+    x, packed, statistics = meta(B, T, D), meta(B, 6, D), meta(B, T, dtype=torch.float32)
+    shift, scale = packed[:, 0], packed[:, 1]
+    forward_rows = ln_modulate.forward_split(B, T, D)[1]
+    backward_rows = ln_modulate.backward_split(B, T, D)[1]
+    return [
+        Case(
+            "ln_modulate forward", D, B * T * D, 4, moved["forward"],
+            lambda launch: ln_modulate.forward(x, shift, scale, launch),
+            {"ln_modulate_forward_kernel": (forward_rows,)},
+        ),
+        Case(
+            "ln_modulate backward", D, B * T * D, 6, moved["backward"],
+            lambda launch: ln_modulate.backward(x, x, scale, statistics, statistics, launch),
+            {"ln_modulate_backward_kernel": (backward_rows,)},
+        ),
+    ]  # fmt: skip
+
+
+def gate_residual_ln_modulate_cases(B: int, T: int, D: int, with_bias: bool = False) -> list[Case]:
+    moved = gate_residual_ln_modulate.traffic(B, T, D, ELEMENT, ELEMENT, with_bias)
+    op = "gate_residual_ln_modulate" + " with bias" * with_bias
+    bias = meta(D) if with_bias else None
+    x, packed, statistics = meta(B, T, D), meta(B, 6, D), meta(B, T, dtype=torch.float32)
+    gate, shift, scale = packed[:, 2], packed[:, 3], packed[:, 4]
+    forward_rows = ln_modulate.forward_split(B, T, D)[1]
+    backward_rows = ln_modulate.backward_split(B, T, D)[1]
+    return [
+        Case(
+            f"{op} forward", D, B * T * D, 8, moved["forward"],
+            lambda launch: gate_residual_ln_modulate.forward(x, x, gate, shift, scale, bias, launch),
+            {"gate_residual_ln_modulate_forward_kernel": (forward_rows,)},
+        ),
+        Case(
+            f"{op} backward", D, B * T * D, 12, moved["backward"],
+            lambda launch: gate_residual_ln_modulate.backward(
+                x, x, x, x, gate, scale, bias, statistics, statistics, launch
+            ),
+            {"gate_residual_ln_modulate_backward_kernel": (backward_rows,)},
+        ),
+    ]  # fmt: skip
+
+
+def gelu_dwconv_cases(B: int, side: int, F: int, K: int, arch: int) -> list[Case]:
+    moved = gelu_dwconv.traffic(B, side, side, F, K, ELEMENT, ELEMENT, arch)
+    h, bias, taps = meta(B, side * side, F), meta(F), meta(K * K, F, dtype=torch.float32)
+    forward_steps = gelu_dwconv.forward_split(B, side, side, K).steps
+    backward_steps = gelu_dwconv.backward_split(B, side, side, K, arch).steps
+    return [
+        Case(
+            f"gelu_dwconv K={K} forward", F, h.numel(), 4, moved["forward"],
+            lambda launch: gelu_dwconv.forward(h, bias, taps, bias, side, side, False, launch),
+            {"gelu_dwconv_forward_kernel": (forward_steps, side)},
+        ),
+        Case(
+            f"gelu_dwconv K={K} backward", F, h.numel(), 6, moved["backward"],
+            lambda launch: gelu_dwconv.backward(h, h, bias, taps, side, side, launch, arch),
+            {"gelu_dwconv_backward_kernel": (backward_steps, side)},
+        ),
+    ]  # fmt: skip
+
+
+def adamw_ema_cases(D: int) -> list[Case]:
+    """Tensors of a block's shapes: its four matrices' worth of numbers, and biases."""
+    shapes = ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D), (3 * D,), (D,), (4 * D,), (D,))
+    tensors = [meta(*shape, dtype=torch.float32) for shape in shapes]
+    numbers, number = meta(len(shapes), dtype=torch.float32), meta(dtype=torch.float32)
+    sizes = [t.numel() for t in tensors]
+    return [
+        Case(
+            "adamw_ema", D, sum(sizes), 36, adamw_ema.traffic(sizes),
+            lambda launch: adamw_ema.update(
+                *(tensors,) * 5, numbers, numbers, number, number, number, number, None, 0.9, 0.999, 1e-8, launch
+            ),
+            {},
+        )
+    ]  # fmt: skip
+
+
+def cases(arch: int) -> list[Case]:
+    """What the table shows and the tests hold to the bar: every op, forward and backward, at every width."""
+    adaln = [
+        case
+        for D in WIDTHS
+        for of_op in (ln_modulate_cases, gate_residual_ln_modulate_cases)
+        for case in of_op(SAMPLES, TOKENS, D)
+    ]
+    side = math.isqrt(TOKENS)
+    adaln += [case for D in WIDTHS for case in gate_residual_ln_modulate_cases(SAMPLES, TOKENS, D, with_bias=True)]
+    convolution = [case for F, K in HIDDEN for case in gelu_dwconv_cases(SAMPLES, side, F, K, arch)]
+    return adaln + convolution + adamw_ema_cases(WIDTHS[0])  # whatever the widths, it is one kernel
