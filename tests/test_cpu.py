@@ -18,8 +18,8 @@ def eager_ln_modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
-def eager_gate_residual_ln_modulate(x, y, gate, shift, scale):
-    r = x + gate[:, None] * y
+def eager_gate_residual_ln_modulate(x, y, gate, shift, scale, bias=None):
+    r = x + gate[:, None] * (y if bias is None else y + bias)
     return r, eager_ln_modulate(r, shift, scale)
 
 
@@ -39,6 +39,7 @@ EAGER = {
 CASES = [
     ("ln_modulate", (3, 33, 97)),
     ("gate_residual_ln_modulate", (3, 33, 97)),
+    ("gate_residual_ln_modulate", (3, 33, 97, "bias")),
     ("gelu_dwconv", (3, 5, 7, 70, 3)),
     ("gelu_dwconv", (2, 4, 16, 64, 4)),
     ("gelu_dwconv", (2, 1, 2, 33, 4)),
@@ -48,7 +49,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def inputs(op, shape, dtype, parameters=None):
-    generator = torch.Generator().manual_seed(sum(shape))
+    generator = torch.Generator().manual_seed(sum(n for n in shape if n != "bias"))
 
     def normal(*size, dtype=parameters or dtype):
         return torch.randn(*size, generator=generator).to(dtype)
@@ -59,13 +60,13 @@ def inputs(op, shape, dtype, parameters=None):
             "h": normal(B, height * width, F_, dtype=dtype) * 2, "bias": normal(F_), "weight": normal(F_, 1, K, K) / K,
             "conv_bias": normal(F_), "height": height, "width": width,
         }  # fmt: skip
-    B, T, D = shape
+    B, T, D, *bias = shape
     # Strided, as views of a packed projection are.
     given = dict(zip(("gate", "shift", "scale"), normal(B, 6, D)[:, 2:5].unbind(1), strict=True))
     streams = {"x": normal(B, T, D, dtype=dtype) * 2 + normal(B, T, 1, dtype=dtype), "y": normal(B, T, D, dtype=dtype)}
     if op == "ln_modulate":
         return {"x": streams["x"], "shift": given["shift"], "scale": given["scale"]}
-    return streams | given
+    return streams | given | ({"bias": normal(D)} if bias else {})
 
 
 @pytest.fixture(params=["one chunk", "chunks"])

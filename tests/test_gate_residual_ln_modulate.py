@@ -10,32 +10,35 @@ from fastdit_kernels.reference import gate_residual_ln_modulate as reference
 SHAPES = [(2, 33, 768), (3, 5, 1152), (5, 33, 97)]  # B, T, D
 
 
-def inputs(shape, dtype, modulation, device):
-    """x off zero mean, and gate, shift and scale as views of a packed projection."""
+def inputs(shape, dtype, modulation, device, bias=False):
+    """x off zero mean, and gate, shift and scale as views of a packed projection; on request the bias of y, of their dtype."""
     B, T, D = shape
     generator = torch.Generator().manual_seed(B * T + D)
     x = torch.randn(B, T, D, generator=generator) * 2 + torch.randn(B, T, 1, generator=generator)
     y = torch.randn(B, T, D, generator=generator)
     packed = torch.randn(B, 6, D, generator=generator).to(device, modulation)
-    return {
+    given = {
         "x": x.to(device, dtype), "y": y.to(device, dtype), "gate": packed[:, 2], "shift": packed[:, 3], "scale": packed[:, 4]
     }  # fmt: skip
+    return given | ({"bias": torch.randn(D, generator=generator).to(device, modulation)} if bias else {})
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fp32_is_exact_to_a_millionth(errors, nan_filled, device, shape):
-    found = errors(gate_residual_ln_modulate, reference, inputs(shape, torch.float32, torch.float32, device))
+def test_fp32_is_exact_to_a_millionth(errors, nan_filled, device, shape, bias):
+    found = errors(gate_residual_ln_modulate, reference, inputs(shape, torch.float32, torch.float32, device, bias))
     assert max(found["out0"].kernel, found["out1"].kernel) <= 1e-6, found
     assert max(e.kernel for e in found.values()) <= 1e-5, found
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("dtype", "modulation"),
     [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)],
 )
-def test_16_bit_errs_no_more_than_eager(errors, nan_filled, device, dtype, modulation, shape):
-    given = inputs(shape, dtype, modulation, device)
+def test_16_bit_errs_no_more_than_eager(errors, nan_filled, device, dtype, modulation, shape, bias):
+    given = inputs(shape, dtype, modulation, device, bias)
     found = errors(gate_residual_ln_modulate, reference, given)
     # A millionth is what fp32 may err by: only a gradient of an fp32 modulation comes under it, all else is rounded to 16 bits.
     assert all(e.kernel <= max(1.1 * e.reference, 1e-6) for e in found.values()), found
@@ -86,7 +89,8 @@ def test_two_runs_give_the_same_bits(results, device):
 
 @pytest.mark.parametrize(("B", "T"), [(0, 16), (2, 0)])
 def test_no_rows(results, device, B, T):
-    found = results(gate_residual_ln_modulate, inputs((B, T, 64), torch.bfloat16, torch.float32, device))
+    found = results(gate_residual_ln_modulate, inputs((B, T, 64), torch.bfloat16, torch.float32, device, bias=True))
+    assert torch.equal(found["dbias"], torch.zeros(64, device=device))
     for name in ("out0", "out1", "dx", "dy"):
         assert found[name].shape == (B, T, 64)
     for name in ("dgate", "dshift", "dscale"):
@@ -95,9 +99,10 @@ def test_no_rows(results, device, B, T):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at that of its own non-leaf copies
 def test_opcheck(device):
-    given = list(inputs((2, 5, 40), torch.float32, torch.float32, device).values())
-    torch.library.opcheck(torch.ops.fastdit.gate_residual_ln_modulate.default, given)
-    torch.library.opcheck(torch.ops.fastdit.gate_residual_ln_modulate.default, [t.clone().requires_grad_() for t in given])
+    for bias in (False, True):
+        given = list(inputs((2, 5, 40), torch.float32, torch.float32, device, bias).values())
+        torch.library.opcheck(torch.ops.fastdit.gate_residual_ln_modulate.default, given)
+        torch.library.opcheck(torch.ops.fastdit.gate_residual_ln_modulate.default, [t.clone().requires_grad_() for t in given])
 
 
 def test_bytes(recording, device):
@@ -117,6 +122,22 @@ def test_bytes(recording, device):
     backward = recorder.traffic()
     assert backward.memory == expected["backward"]
     assert backward.programs == backward.memory + (splits - 1) * 2 * B * D * 2
+
+
+def test_bytes_with_a_bias(recording, device):
+    """The bias itself, a fourth partial, and sums in fp32: less than a pass over dy."""
+    B, T, D = 2, 48, 768
+    x, y, gate, shift, scale, bias = inputs((B, T, D), torch.bfloat16, torch.bfloat16, device, bias=True).values()
+    expected = module.traffic(B, T, D, 2, 2, bias=True)
+    with recording() as recorder:
+        r, m, mean, rstd = module.forward(x, y, gate, shift, scale, module.run, bias)
+    assert recorder.traffic().memory == expected["forward"]
+    with recording() as recorder:
+        module.backward(x, m, r, y, gate, scale, mean, rstd, module.run, bias)
+    assert recorder.traffic().memory == expected["backward"]
+    B, T = 32, 256
+    without, with_bias = (module.traffic(B, T, D, 2, 2, bias)["backward"] for bias in (False, True))
+    assert with_bias - without < 0.5 * (2 * B * T * D)
 
 
 def test_bytes_are_the_floor_and_the_partials():
@@ -175,6 +196,7 @@ def test_batch_strides_beyond_32_bits(results, device):
         ({"shift": torch.zeros(2, 8, dtype=torch.float16)}, r"shift has shape \[2, 8\].* float16 .*float32"),
         ({"scale": torch.zeros(8, 2).T}, r"scale has shape \[2, 8\], strides \[1, 2\].*unit last stride"),
         ({"scale": torch.zeros(2, 8, device="meta")}, r"scale has shape \[2, 8\].* on meta; expected .* on cpu"),
+        ({"bias": torch.zeros(2, 8)}, r"bias has shape \[2, 8\].*expected \[D\] = \[8\]"),
     ],
 )
 def test_bad_input(change, message):

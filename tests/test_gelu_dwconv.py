@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import triton
 from fastdit_kernels import gelu_dwconv as module
 from fastdit_kernels.gelu_dwconv import gelu_dwconv
 from fastdit_kernels.reference import REFERENCE
@@ -61,6 +62,31 @@ def test_16_bit_errs_no_more_than_eager(errors, nan_filled, device, dtype, param
     fp32 = {"dbias", "dweight", "dconv_bias"} if parameters == torch.float32 else set()
     assert all(e.kernel <= 1.1 * e.reference for name, e in found.items() if name not in fp32), found
     assert all(found[name].kernel <= 1e-6 for name in fp32), found
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gpus_own_tanh_errs_no_more_than_eager_where_it_is_used(device, dtype, sign):
+    """tanh.approx with its documented worst error, 2⁻¹¹ of the result, both ways: what the forward would do to a GELU.
+
+    Within the bar in bf16, which takes it. Beyond it in fp16, whose rounding is as large: there the forward must be exact.
+    """
+    x = (2 * torch.randn(2**16, generator=torch.Generator().manual_seed(0))).to(dtype)
+    truth = functional.gelu(x.double(), approximate="tanh")
+    tanh = torch.tanh(math.sqrt(2 / math.pi) * (x.float() + 0.044715 * x.float() ** 3))
+    approximate = (0.5 * x.float() * (1 + tanh * (1 + sign * 2**-11))).to(dtype)
+    eager = functional.gelu(x.float(), approximate="tanh").to(dtype)
+    ours, theirs = ((z.double() - truth).norm() / truth.norm() for z in (approximate, eager))
+    assert (ours <= 1.1 * theirs) == (dtype == torch.bfloat16), (ours, theirs)
+
+    launches = []
+    given = inputs((1, 3, 4, 8, 3), dtype, dtype, torch.device("meta"))
+    taps = given["weight"].flatten(1).t().float().contiguous()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, "interpret", False)
+        tensors = given["h"], given["bias"], taps, given["conv_bias"]
+        module.forward(*tensors, 3, 4, False, lambda *_, **args: launches.append(args["EXACT"]))
+    assert launches == [dtype == torch.float16]
 
 
 @pytest.mark.parametrize("K", [3, 4, 5])

@@ -213,7 +213,7 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the kernels are interpreted functions and cannot be compiled")
     if arguments.arch:
-        rows = [compiled_only(case, arch) for arch in arguments.arch for case in cases(arch)]
+        rows = [compiled_only(case, arch) for arch in arguments.arch for case in cases(arch, (768, 1152))]
     else:
         rows = [examine(case, device) for device, limits in DEVICES.items() for case in cases(limits.arch)]
     print(table(rows))

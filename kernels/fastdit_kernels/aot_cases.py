@@ -63,13 +63,13 @@ def gate_residual_ln_modulate_cases(B: int, T: int, D: int, with_bias: bool = Fa
     return [
         Case(
             f"{op} forward", D, B * T * D, 8, moved["forward"],
-            lambda launch: gate_residual_ln_modulate.forward(x, x, gate, shift, scale, bias, launch),
+            lambda launch: gate_residual_ln_modulate.forward(x, x, gate, shift, scale, launch, bias),
             {"gate_residual_ln_modulate_forward_kernel": (forward_rows,)},
         ),
         Case(
             f"{op} backward", D, B * T * D, 12, moved["backward"],
             lambda launch: gate_residual_ln_modulate.backward(
-                x, x, x, x, gate, scale, bias, statistics, statistics, launch
+                x, x, x, x, gate, scale, statistics, statistics, launch, bias
             ),
             {"gate_residual_ln_modulate_backward_kernel": (backward_rows,)},
         ),
@@ -112,15 +112,15 @@ def adamw_ema_cases(D: int) -> list[Case]:
     ]  # fmt: skip
 
 
-def cases(arch: int) -> list[Case]:
+def cases(arch: int, widths: tuple[int, ...] = WIDTHS) -> list[Case]:
     """What the table shows and the tests hold to the bar: every op, forward and backward, at every width."""
     adaln = [
         case
-        for D in WIDTHS
+        for D in widths
         for of_op in (ln_modulate_cases, gate_residual_ln_modulate_cases)
         for case in of_op(SAMPLES, TOKENS, D)
     ]
     side = math.isqrt(TOKENS)
-    adaln += [case for D in WIDTHS for case in gate_residual_ln_modulate_cases(SAMPLES, TOKENS, D, with_bias=True)]
+    adaln += [case for D in widths for case in gate_residual_ln_modulate_cases(SAMPLES, TOKENS, D, with_bias=True)]
     convolution = [case for F, K in HIDDEN for case in gelu_dwconv_cases(SAMPLES, side, F, K, arch)]
-    return adaln + convolution + adamw_ema_cases(WIDTHS[0])  # whatever the widths, it is one kernel
+    return adaln + convolution + adamw_ema_cases(widths[0])  # whatever the widths, it is one kernel

@@ -141,7 +141,7 @@ def forward_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def forward(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, launch: Launch
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, launch: Launch, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(r, m, mean, rstd), as `forward_outputs` has them."""
     B, T, D = x.shape
@@ -174,10 +174,10 @@ def backward(
     y: Tensor,
     gate: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     launch: Launch,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, sums), as `backward_outputs` has them. A dr of None is zero."""
     B, T, D = r.shape
@@ -218,30 +218,30 @@ def traffic(B: int, T: int, D: int, stream: int, modulation: int, bias: bool = F
 # custom_op: see ln_modulate.py.
 @torch.library.custom_op("fastdit::gate_residual_ln_modulate", mutates_args=())
 def _op(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return forward(x, y, gate, shift, scale, bias, run)
+    return forward(x, y, gate, shift, scale, run, bias)
 
 
 @_op.register_fake
 def _(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return forward_outputs(x)
 
 
 @torch.library.custom_op("fastdit::gate_residual_ln_modulate_backward", mutates_args=())
 def _backward_op(
-    dr: Tensor | None, dm: Tensor, r: Tensor, y: Tensor, gate: Tensor, scale: Tensor, bias: Tensor | None, mean: Tensor,
-    rstd: Tensor,
+    dr: Tensor | None, dm: Tensor, r: Tensor, y: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return backward(dr, dm, r, y, gate, scale, bias, mean, rstd, run)
+    return backward(dr, dm, r, y, gate, scale, mean, rstd, run, bias)
 
 
 @_backward_op.register_fake
 def _(
-    dr: Tensor | None, dm: Tensor, r: Tensor, y: Tensor, gate: Tensor, scale: Tensor, bias: Tensor | None, mean: Tensor,
-    rstd: Tensor,
+    dr: Tensor | None, dm: Tensor, r: Tensor, y: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return backward_outputs(r, gate, bias)
 
@@ -257,7 +257,7 @@ def _differentiate(ctx, dr: Tensor | None, dm: Tensor | None, _mean: None, _rstd
     r, y, gate, scale, bias, mean, rstd = ctx.saved_tensors  # read once: recomputed activations are handed out a single time
     dm = torch.zeros_like(r) if dm is None else dm.contiguous()  # autograd may hand over an expanded scalar
     dr = None if dr is None else dr.contiguous()
-    dx, dy, sums = _backward_op(dr, dm, r, y, gate, scale, bias, mean, rstd)
+    dx, dy, sums = _backward_op(dr, dm, r, y, gate, scale, mean, rstd, bias)
     if bias is None:
         return dx, dy, *sums.unbind(1), None
     return dx, dy, *sums[:, :3].to(gate.dtype).unbind(1), sums[:, 3].sum(0).to(bias.dtype)
