@@ -188,7 +188,8 @@ def backward(
     block, num_warps = block_and_warps(D)
     partials = r.new_empty(B, splits, sums.shape[1] * D, dtype=torch.float32)
     # Eighty registers let 24 warps share an SM. ptxas would take a hundred at eight warps; only fp32 streams need them.
-    max_registers = 80 if r.itemsize == 2 and block <= 2048 else None
+    # A fourth sum takes eight more, and leaves room for 20.
+    max_registers = (80 if bias is None else 96) if r.itemsize == 2 and block <= 2048 else None
     launch(
         gate_residual_ln_modulate_backward_kernel, (B, splits), num_warps, max_registers, p_dr=dr, p_dm=dm, p_r=r, p_y=y,
         p_gate=gate, p_scale=scale, p_bias=bias, p_mean=mean, p_rstd=rstd, p_dx=dx, p_dy=dy, p_partials=partials, T=T,
