@@ -20,10 +20,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
 from torch import Tensor
 
-from fastdit.config import LogConfig
-from fastdit.runtime.files import write_text
+from fastdit.config import LogConfig, UserError
+from fastdit.runtime.files import read_file, write_text
 from fastdit.runtime.hardware import Energy, memory_gib, peak_tflops
 from fastdit.runtime.trackers import Trackers, require_wandb
+
+REFRESH_S = 0.5  # seconds between two drawings of the progress bar
+LIMIT = 1 << 28  # bytes of metrics.jsonl
 
 
 class Meter:
@@ -74,13 +77,15 @@ class Meter:
         last = _keep_lines(self.path, resumed_images)
         if last is not None:
             self.seconds = last.get("seconds", 0.0)
-        self.trackers = Trackers(folder, log.wandb, resumed_images, settings or {})
+        self.trackers = Trackers(folder, log.wandb, resumed_images, settings or {}, self.say)
         self.bar: Progress | None = None
         if self.console.is_terminal:
             figures = TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=False))
-            self.bar = Progress(TaskProgressColumn(), BarColumn(bar_width=12), figures, console=self.console)
+            columns = TaskProgressColumn(), BarColumn(bar_width=12), figures
+            # No thread refreshes it: that would take the interpreter from the step ten times a second.
+            self.bar = Progress(*columns, console=self.console, auto_refresh=False)
             self.task = self.bar.add_task("", total=total_images, completed=resumed_images, figures="starting")
-            self.bar.start()
+            self.refreshed = 0.0  # when the bar was last drawn
         self._start_interval()
 
     def add(self, loss: Tensor, grad_norm: Tensor, images: int) -> None:
@@ -92,6 +97,15 @@ class Meter:
         self.window += torch.where(both.isfinite().all(), both * images, 0.0)
         if not self.rank and self.bar is not None:
             self.bar.advance(self.task, self.batch_images)
+            if perf_counter() - self.refreshed > REFRESH_S:
+                self._refresh()
+
+    def restore(self, windows: list[list[float]]) -> None:
+        """Go on with an interval that a stop cut: the `window` of each rank there was. With other ranks, rank 0 has the sum."""
+        if len(windows) == self.world:
+            self.window += torch.tensor(windows[self.rank], dtype=torch.float64).to(self.device)
+        elif windows and not self.rank:
+            self.window += torch.tensor(windows, dtype=torch.float64).sum(0).to(self.device)
 
     def due(self, images_seen: int) -> bool:
         """Whether a line is due: after the first step, whenever print_every more images are seen, and at the end."""
@@ -193,11 +207,20 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def _refresh(self) -> None:
+        assert self.bar is not None
+        if not self.bar.live.is_started:
+            self.console.print()  # between the panel and the bar
+            self.bar.start()
+        self.bar.refresh()
+        self.refreshed = perf_counter()
+
     def _show(self, line: dict[str, Any]) -> None:
         self.pace = line["img_per_s"]
         figures = _figures(line, self.total_images, self.eta())
         if self.bar is not None:
             self.bar.update(self.task, completed=line["images"], figures=escape(figures))
+            self._refresh()
         else:
             self.say(f"{100 * min(line['images'] / self.total_images, 1):5.1f} %  {figures}")
         scalars = {k: v for k, v in line.items() if k not in ("images", "step", "time") and v is not None}
@@ -292,14 +315,27 @@ def _keep_lines(path: Path, images: int) -> dict[str, Any] | None:
     if not path.exists():
         return None
     kept, last = [], None
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-            if line["images"] > images:
-                break
-        except (ValueError, KeyError, TypeError):  # a kill tore it, and whatever follows a torn line is no better
+    try:
+        content = read_file(path, LIMIT).decode(errors="replace")
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    for text in content.splitlines():
+        line = _line(text)
+        if line is None or line["images"] > images:  # a kill tore it, and whatever follows a torn line is no better
             break
         kept.append(text + "\n")
         last = line
     write_text(path, "".join(kept))
     return last
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    """A line as `report` writes it, or None."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("images")) is not int:
+        return None
+    seconds = line.get("seconds", 0.0)
+    return line if type(seconds) in (int, float) and 0 <= seconds < 1e12 else None

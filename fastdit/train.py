@@ -149,7 +149,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
 
     # Where the run stands.
     checkpoints = Checkpoints(folder / "checkpoints", config.log.keep, timeout=timeout)
-    images_seen = resume(checkpoints, optimizer, pack, batch)
+    images_seen, window = resume(checkpoints, optimizer, pack, batch)
 
     # What it reports.
     autoencoder = ranks.every(world, lambda: vae.of(config, world.device))
@@ -168,6 +168,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
         resumed_images=images_seen,
         settings=dataclasses.asdict(config),
     )
+    meter.restore(window)
     run = Run(config, folder, world, batch, pack, model, optimizer, objective, checkpoints, autoencoder, judge, meter)
     describe(run, images_seen, changed)
     profiler = Profiler(folder / "profile", 0 if world.rank else config.profile, world.device, meter.say)
@@ -260,6 +261,8 @@ def evaluate(run: Run, images_seen: int) -> None:
 def save(run: Run, images_seen: int) -> None:
     with run.meter.paused():
         state = {"images_seen": images_seen, "global_batch": run.batch, "data": identity(run.pack.manifest)}
+        # Where a signal stopped the run between two lines: what the next line has of each rank so far.
+        state["window"] = ranks.gather(run.world, run.meter.window.tolist())
         run.checkpoints.save(images_seen, run.optimizer.tensors(), state, weights=run.optimizer.ema.full_tensors())
 
 
@@ -329,11 +332,14 @@ def warn(text: str) -> None:
         print(f"warning: {text}", flush=True)
 
 
-def resume(checkpoints: Checkpoints, optimizer: Optimizer, pack: encoding.Pack, batch: int) -> int:
-    """Load the newest good checkpoint into the optimizer's tensors, if there is one. Returns the images seen."""
+def resume(checkpoints: Checkpoints, optimizer: Optimizer, pack: encoding.Pack, batch: int) -> tuple[int, list[list[float]]]:
+    """Load the newest good checkpoint into the optimizer's tensors, if there is one.
+
+    Returns the images seen, and the meter's window of each rank that saved it.
+    """
     images_seen = checkpoints.latest()
     if images_seen is None:
-        return 0
+        return 0, []
     state = checkpoints.load(optimizer.tensors())
     sharding.refresh(optimizer.model)
     if state.get("global_batch") != batch:
@@ -347,7 +353,7 @@ def resume(checkpoints: Checkpoints, optimizer: Optimizer, pack: encoding.Pack, 
             f"the data are not those the run was trained on ({'; '.join(different)}); restore them, or start a run on the "
             f"new ones from these weights: --run.name NEW --train.init_from {checkpoints.folder.parent}"
         )
-    return images_seen
+    return images_seen, state.get("window", [])
 
 
 def open_judge(config: Config, world: World) -> Judge | None:

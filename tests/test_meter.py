@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -522,3 +523,54 @@ def test_what_is_computed_in_follows_the_device(monkeypatch):
     for capability, name in (((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert hardware.precision("auto", torch.device("cuda")) == name
+
+
+# --- what may lie in a run's folder, and what may be installed ---
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ['{"images": "200"}', '{"images": 200, "seconds": "x"}', '{"images": 200, "seconds": NaN}', "[1]", "3", "[" * 100_000],
+)
+def test_a_line_of_another_type_or_too_deep_is_dropped_with_what_follows(tmp_path, clock, bad):
+    run(tmp_path, clock, 0, 200)
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_text()
+    path.write_text(before + bad + "\n" + before)
+    make(tmp_path, resumed_images=200)
+    assert path.read_text() == before
+
+
+def test_metrics_that_are_a_link_are_refused_in_a_line(tmp_path):
+    (tmp_path / "other").write_text("")
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "other")
+    with pytest.raises((UserError, OSError), match=r"metrics\.jsonl"):
+        make(tmp_path, resumed_images=200)
+
+
+def test_a_broken_tensorboard_costs_a_line(tmp_path, monkeypatch):
+    def broken(*args):
+        raise TypeError("Descriptors cannot be created directly.\nIf this call came from a _pb2.py file")
+
+    monkeypatch.setattr(trackers, "_tensorboard", broken)
+    said: list[str] = []
+    ours = trackers.Trackers(tmp_path, None, 0, {}, said.append)
+    ours.scalars(1, {"loss": 1.0})
+    ours.close()
+    assert said == ["no TensorBoard: TypeError: Descriptors cannot be created directly. If this call came from a _pb2.py file"]
+
+
+def test_the_bar_is_drawn_by_no_thread_and_twice_a_second_at_most(tmp_path, clock, monkeypatch):
+    before = threading.active_count()
+    m, _ = make(tmp_path, terminal=True)
+    draws: list[float] = []
+    refresh = m.bar.refresh
+    now = [0.0]
+    monkeypatch.setattr(m.bar, "refresh", lambda: (draws.append(now[0]), refresh()))
+    monkeypatch.setattr(meter, "perf_counter", lambda: 100.0 + now[0])
+    for _ in range(1000):  # ten seconds of a tiny model
+        now[0] += 0.01
+        m.add(scalar(1), scalar(1), 1)
+    assert 15 <= len(draws) <= 20
+    assert threading.active_count() == before
+    m.close()

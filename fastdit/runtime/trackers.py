@@ -2,11 +2,11 @@
 
 import importlib.util
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdit.config import UserError
+from fastdit.config import UserError, plain
 
 
 def require_wandb(project: str | None) -> None:
@@ -16,10 +16,24 @@ def require_wandb(project: str | None) -> None:
 
 
 class Trackers:
-    """Both, either or none. settings are the run's, which Weights & Biases keeps with it; its key stays in the environment."""
+    """Both, either or none. settings are the run's, which Weights & Biases keeps with it; its key stays in the environment.
 
-    def __init__(self, folder: Path, project: str | None, resumed_images: int, settings: Mapping[str, Any]):
-        self.tensorboard = _tensorboard(folder, resumed_images)
+    TensorBoard was not asked for, so one that is installed but broken costs a line by `say`, and not the run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        project: str | None,
+        resumed_images: int,
+        settings: Mapping[str, Any],
+        say: Callable[[str], None] = print,
+    ):
+        self.tensorboard = None
+        try:
+            self.tensorboard = _tensorboard(folder, resumed_images)
+        except Exception as error:  # whatever its own imports raise
+            say(f"no TensorBoard: {type(error).__name__}: {plain(error, 200)}")
         self.wandb = _wandb(folder, project, settings) if project else None
 
     def scalars(self, images_seen: int, values: Mapping[str, float]) -> None:
