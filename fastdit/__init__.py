@@ -14,8 +14,9 @@ sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve()
 # How long an OpenMP thread spins before it sleeps, where the user has not said. By default nearly for ever: beside one other
 # busy process each parallel region then waits for the scheduler, and training takes ten times as long; so few turns cost an
 # idle machine nothing. OpenMP reads it when torch loads, so a verb imports fastdit before torch.
+SPINS = "2000"
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "2000"
+    os.environ["GOMP_SPINCOUNT"] = SPINS
 
 # What a Python program wants of fastdit, by the file it comes from. It is imported when it is first asked for, so that `import
 # fastdit` takes no time. `sample` is the verb's module, which Python binds to that name in any case: it can be called.
