@@ -168,6 +168,7 @@ def test_what_is_tested_exists():
         "ptx_machine",  # what executes it
         "block",  # one block of model.py
         "step",  # the whole training step
+        "busy",  # the whole training step, beside busy processes
         "main_job",  # the verbs together
         "reliability",  # whatever may happen to a run
         "fuzz",  # whatever may be given to a run
