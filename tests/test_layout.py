@@ -169,6 +169,7 @@ def test_what_is_tested_exists():
         "block",  # one block of model.py
         "step",  # the whole training step
         "busy",  # the whole training step, beside busy processes
+        "readme",  # what the pages promise
         "main_job",  # the verbs together
         "reliability",  # whatever may happen to a run
         "fuzz",  # whatever may be given to a run

@@ -1,0 +1,167 @@
+"""The pages: the Python blocks run, the commands parse, every option, file and heading that they name exists."""
+
+import os
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from fastdit_kernels.reference import REFERENCE
+
+from fastdit import convert, evaluate, export, plan, report, sample
+from fastdit.command import _option_names, parse, parse_args, parse_run
+from fastdit.config import RECIPES, Config, replace
+from fastdit.data import pack as packs
+from fastdit.model import DiT
+from fastdit.weights.folder import save_pretrained
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("C*.md"))]
+RECORD = "CHANGELOG.md"  # it may name what is gone
+VERBS = {"plan": plan, "sample": sample, "evaluate": evaluate, "report": report, "convert": convert, "export": export}
+FLAGS = {"--help", "--table"}
+# Options of other programs: torchrun, sbatch, pytest, pip, git.
+THEIRS = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts", "--nodes", "--ntasks-per-node"}
+THEIRS |= {"--gpus-per-node", "--requeue", "--signal", "--benchmark-compare", "--strict"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every command of the bash blocks, in words, without comments."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A folder with what the pages suppose: pictures in two classes, and the runs cats and mine, with a tiny network."""
+    for name in ("bag", "coat"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+    tiny = replace(RECIPES["cats"], model={"depth": 1, "width": 16, "num_heads": 1}, run={"name": "cats"})
+    model = DiT(tiny.model, REFERENCE)
+    model.init_weights(0)
+    for name in ("cats", "mine"):
+        save_pretrained(model, tmp_path / "runs" / name, tiny)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def option_names() -> set[str]:
+    names = {name for module in VERBS.values() for name in _option_names(module.Options)} | set(_option_names(Config))
+    return {f"--{name}" for name in names} | FLAGS
+
+
+def test_pages_are_read():
+    assert len(blocks(ROOT / "README.md", "python")) == 3
+    assert len(commands(ROOT / "README.md")) >= 12
+
+
+@pytest.mark.parametrize("number", range(3), ids=["load and sample", "kernels", "own data set"])
+def test_python_blocks_of_the_readme_run(home, number):
+    given = {}
+    exec(compile(blocks(ROOT / "README.md", "python")[number], "README.md", "exec"), given)
+    if number == 0:
+        assert given["images"].dtype == torch.uint8
+        assert given["images"].shape == (4, 3, 32, 32)
+    elif number == 1:
+        for ours, theirs in zip(
+            (given["r"], given["m"]),
+            REFERENCE.gate_residual_ln_modulate(*(given[k] for k in ("x", "y", "gate", "shift", "scale"))),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+    else:
+        manifest = packs.verify(home / "my-pack")
+        assert (manifest.count, manifest.num_classes, manifest.shape[1:]) == (100, 10, [64, 64])
+        config, _ = parse_run(["--data.path", "my-pack"], "train.py", "")
+        assert config.data.source == "folder"
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else " ".join(value))
+def test_commands_parse(home, page, words):
+    """By the verb's own parser. A command of another program must name files and extras that exist."""
+    scripts = [i for i, word in enumerate(words) if re.fullmatch(r"fastdit/\w+\.py", word)]
+    if not scripts:
+        assert words[0] in ("pip", "pytest", "python", "ruff", "mypy", ".ci/run", "mkdocs"), f"{page}: who runs {words[0]}?"
+        for word in words[1:]:
+            if "/" in word and not word.startswith("-"):
+                assert (ROOT / word.partition("::")[0]).exists(), f"{page} names {word}"
+        extras = [name for word in words for name in re.findall(r"^\.\[(.+)\]$", word)]
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert set(extras) <= set(known), page
+        return
+    [at] = scripts
+    assert (ROOT / words[at]).is_file(), f"{page} names {words[at]}"
+    assert words[0] in ("python", "torchrun", "srun"), page
+    verb, args = Path(words[at]).stem, words[at + 1 :]
+    if args in (["--help"], ["--help", "all"]):
+        return
+    if verb == "train":
+        config, resumed = parse_run(args, "train.py", "")
+        assert resumed == (args[:1] == ["runs/mine"])
+        assert config.model.num_classes == 2 or config.data.path != "~/pictures"
+    elif verb == "encode":
+        assert args[0] == "verify" or parse(args, "encode.py", "")
+    elif verb == "plan":
+        plan.parse(args)
+    else:
+        parse_args(VERBS[verb].Options, args, f"{verb}.py", "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_exist(page):
+    """In commands and in sentences alike."""
+    if page.name == RECORD:
+        return
+    text = re.sub(r"^```\w*$", "", page.read_text(), flags=re.MULTILINE)
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text))
+    unknown = {name for name in named if re.sub(r"(^--|\.)no_", r"\1", name) not in option_names()} - THEIRS
+    assert not unknown, f"{page.name} names {', '.join(sorted(unknown))}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub and mkdocs call a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_files_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?://|\.\./\.\./actions/", target):  # the second is GitHub's own page of the workflow
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links {target}"
+
+
+def test_files_that_pages_name_in_code_exist():
+    """Whole paths such as `fastdit/data/pack.py`."""
+    for page in PAGES:
+        if page.name != RECORD:
+            for name in re.findall(r"`((?:fastdit|kernels|tests|bench|docs)/[\w./-]+\.\w+)`", page.read_text()):
+                assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_site_has_the_pages_there_are():
+    listed = re.findall(r"^ +- .*?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(p.name for p in (ROOT / "docs").glob("*.md")), "mkdocs.yml lists the pages of docs/"
+
+
+def test_versions_agree():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [version]
+    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert ".ci/run" in (ROOT / ".github" / "workflows" / "tests.yml").read_text()
