@@ -1,5 +1,6 @@
 """The pages: the Python blocks run, the commands parse, every option, file and heading that they name exists."""
 
+import json
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastdit_kernels.reference import REFERENCE
+from torch.nn import functional as F
 
 from fastdit import convert, evaluate, export, plan, report, sample
 from fastdit.command import _option_names, parse, parse_args, parse_run
@@ -85,6 +87,25 @@ def test_python_blocks_of_the_readme_run(home, number):
         assert (manifest.count, manifest.num_classes, manifest.shape[1:]) == (100, 10, [64, 64])
         config, _ = parse_run(["--data.path", "my-pack"], "train.py", "")
         assert config.data.source == "folder"
+
+
+def test_the_notebook_runs(home):
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    given = {"__name__": "notebook"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), given)
+    assert given["images"].shape == (8, 3, 32, 32)
+    assert given["one"].shape == (4, 3, 32, 32)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in given["block"].parameters())
+    assert packs.verify(home / "notebook-pack").class_names == ["north", "east", "south", "west"]
+    # What the block computes, in plain PyTorch.
+    block, x, c = given["block"], torch.randn(2, 64, 128), torch.randn(2, 128)
+    shift, scale, gate, shift2, scale2, gate2 = (m[:, None] for m in block.modulation(c).chunk(6, dim=-1))
+    r = x + gate * block.first(F.layer_norm(x, (128,), eps=1e-6) * (1 + scale) + shift)
+    r = r + gate2 * block.second(F.layer_norm(r, (128,), eps=1e-6) * (1 + scale2) + shift2)
+    torch.testing.assert_close(block(x, c), r)
 
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else " ".join(value))
