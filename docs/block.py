@@ -1,11 +1,12 @@
-"""docs/block.png: the bytes that a block's memory-bound ops move, and those of each op. From counted figures, not timed ones.
+"""docs/block.png: the bytes that a block's memory-bound ops move, and those of single ops. Counted, not timed.
 
     python docs/block.py
 
-Left: bench/results/bench_block-cpu-fp32.json, halved from 32 bits to 16. Right: bench/results/static.json, with the counts for
-torch.compile that docs/kernels.md states.
+Left: bench/results/bench_block-cpu-fp32.json, halved from 32 bits to 16. Right: bench/results/static.json
+for the kernels, and for eager and compiled PyTorch the bytes that the benches of the ops state.
 """
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,21 @@ WAYS = {  # baseline of bench_block → what it is called, its colour
     "the seed's way, torch.compile": ("torch.compile", COMPILED),
     "fastdit": ("fastdit kernels", OURS),
 }
-COMPILER = {  # bytes per element under torch.compile, forward and backward; of the convolution's backward the least
-    "ln_modulate": (4, 10),
-    "gate_residual_ln_modulate": (8, 18),
-    "gelu_dwconv K=3": (12, 18),
-}
+OPS = {"ln_modulate": "bench_ln_modulate", "gate_residual_ln_modulate": "bench_gate_residual_ln_modulate"}
+OPS |= {"gelu_dwconv K=3": "bench_gelu_dwconv"}  # each op's bench, which states the bytes of its baselines
 
 
 def read(name: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((ROOT / "bench" / "results" / name).read_text())["rows"]
     return rows
+
+
+def baselines(bench: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Bytes per element that eager and compiled PyTorch move, (forward, backward) each, as the bench of an op has them."""
+    tree = ast.parse((ROOT / "bench" / f"{bench}.py").read_text())
+    [node] = [n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "BYTES"]
+    stated = ast.literal_eval(node.value)
+    return next(v for k, v in stated.items() if k.startswith("eager")), stated["torch.compile"]
 
 
 def passes(baseline: str) -> list[float]:
@@ -39,7 +45,7 @@ def passes(baseline: str) -> list[float]:
 
 
 def draw() -> Figure:
-    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
     block, ops = figure.subplots(1, 2, width_ratios=(1.15, 1))
 
     for y, (baseline, (_, colour)) in enumerate(WAYS.items()):
@@ -55,13 +61,15 @@ def draw() -> Figure:
 
     counted = [r for r in read("static.json") if r["device"].startswith("A100") and r["width"] in (768, 3072)]
     names = []
-    for op, compiler in COMPILER.items():
-        for direction, theirs in zip(("forward", "backward"), compiler, strict=True):
+    for op, bench in OPS.items():
+        eager, compiled = baselines(bench)
+        for i, direction in enumerate(("forward", "backward")):
             [row] = [r for r in counted if r["op"] == f"{op} {direction}"]
             y = len(names)
-            ops.barh(y - 0.2, theirs, 0.38, color=COMPILED)
-            ops.barh(y + 0.2, row["bytes_per_element"], 0.38, color=OURS)
-            ops.plot([row["floor_bytes_per_element"]] * 2, [y + 0.01, y + 0.39], color="black", linewidth=1.5)
+            sizes = (eager[i], compiled[i], row["bytes_per_element"])
+            for offset, size, (_, colour) in zip((-0.27, 0, 0.27), sizes, WAYS.values(), strict=True):
+                ops.barh(y + offset, size, 0.25, color=colour)
+            ops.plot([row["floor_bytes_per_element"]] * 2, [y + 0.14, y + 0.4], color="black", linewidth=1.5)
             names.append(f"{op} {direction}".replace("gate_residual_", "gate_residual_\n"))
     ops.set_yticks(range(len(names)), names, fontsize=7.5)
     ops.invert_yaxis()

@@ -1,11 +1,13 @@
 """The pages: the Python blocks run, the commands parse, every option, file and heading that they name exists."""
 
+import importlib.util
 import json
 import os
 import re
 import shlex
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -173,6 +175,39 @@ def test_files_that_pages_name_in_code_exist():
         if page.name != RECORD:
             for name in re.findall(r"`((?:fastdit|kernels|tests|bench|docs)/[\w./-]+\.\w+)`", page.read_text()):
                 assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def drawn(name: str) -> ModuleType:
+    """A script of docs/ that draws a figure."""
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_figures_of_the_pages_are_those_of_the_json():
+    block, speed = drawn("block"), drawn("speed")
+    ours, eager, compiled = (
+        f"{sum(block.passes(way)):.0f}" for way in ("fastdit", "the seed's way", "the seed's way, torch.compile")
+    )
+    results, kernels = ((ROOT / "docs" / name).read_text() for name in ("results.md", "kernels.md"))
+    assert f"| {ours} with our kernels; the seed's way {eager}, compiled {compiled} |" in results
+    for op, bench in block.OPS.items():
+        (forward, backward), (fused_forward, fused_backward) = block.baselines(bench)
+        op = op.partition(" ")[0]
+        assert re.search(rf"`{op}`.*\| {forward} / {backward} \| {fused_forward} / {fused_backward}\b", kernels), op
+    seed, standard, *_ = (speed.ratios(*where) for where in speed.GROUPS.values())
+    said = (seed["the seed's way"], seed["the seed's way, torch.compile"], standard["standard DiT"])
+    for value, words in zip(said, ("the seed repository's way", "that compiled", "a DiT of standard modules"), strict=True):
+        assert f"{value:.2f} × {words}" in results
+    assert f"{said[0]:.2f} times as long in the seed repository's way, and {said[1]:.2f} times compiled" in " ".join(
+        (ROOT / "README.md").read_text().split()
+    )
+    for module in (block, speed):
+        assert module.draw().axes
 
 
 def test_the_site_has_the_pages_there_are():
