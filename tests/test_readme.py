@@ -210,6 +210,24 @@ def test_figures_of_the_pages_are_those_of_the_json():
         assert module.draw().axes
 
 
+def test_the_table_of_kernels_is_that_of_the_json():
+    found = json.loads((ROOT / "bench" / "results" / "static.json").read_text())["rows"]
+    rows = {r["op"]: r for r in found if r["arch"] == "sm_80" and r["width"] in (768, 3072)}
+    assert all(k["spills"] == k["stack"] == k["fp64"] == 0 for r in found for k in r["kernels"])
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    table = re.findall(r"^\| `(\w+)`(.*?),? forward / backward \| \d+ \| (.*) \| (.*) \| (.*) µs \|$", page, re.MULTILINE)
+    assert len(table) == 4
+    for op, kind, moved, instructions, bound in table:
+        pair = [rows[f"{op}{kind.replace('K = ', 'K=')} {direction}"] for direction in ("forward", "backward")]
+        assert moved == " / ".join(f"{r['bytes_per_element']:.2f} ({r['floor_bytes_per_element']})" for r in pair)
+        assert instructions == " / ".join(f"{r['instructions_per_element']:.1f}" for r in pair)
+        assert bound == " / ".join(f"{r['bound_us']['bytes']:.0f}" for r in pair)
+        assert {r["bound_by"] for r in pair} == {"bytes"}
+    last = rows["adamw_ema"]
+    assert f"| 36.0 (36) | {last['instructions_per_element']:.0f} | {last['bound_us']['bytes']:.0f} µs |" in page
+    assert {r["bound_by"] for op, r in rows.items() if "K=5" in op} == {"issue"}
+
+
 def test_the_site_has_the_pages_there_are():
     listed = re.findall(r"^ +- .*?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(p.name for p in (ROOT / "docs").glob("*.md")), "mkdocs.yml lists the pages of docs/"
