@@ -28,7 +28,9 @@ def one_by_one(params, grads, exp_avgs, exp_avg_sqs, averages, decays, steps, gr
 
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("size", ["B", "XL"])
-@pytest.mark.parametrize("baseline", ["fastdit", FUSED, LOOP, COMPILED])
+@pytest.mark.parametrize(
+    "baseline", [*(pytest.param(name, marks=pytest.mark.headline) for name in ("fastdit", FUSED)), LOOP, COMPILED]
+)
 def test_adamw_ema(measure, gpu, baseline, size):
     if baseline == COMPILED and size == "XL":
         pytest.skip("to compile the updates of 250 tensors takes minutes")

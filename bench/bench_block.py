@@ -67,7 +67,15 @@ def calls(size: str, B: int, device: torch.device, dtype: torch.dtype, baselines
 
 
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize(("size", "B"), [("B", 8), ("B", 32), ("B", 128), ("XL", 32)])
+@pytest.mark.parametrize(
+    ("size", "B"),
+    [
+        pytest.param("B", 8, marks=pytest.mark.headline),
+        pytest.param("B", 32, marks=pytest.mark.headline),
+        ("B", 128),
+        ("XL", 32),
+    ],
+)
 def test_block(side_by_side, device, world, dtype, numbers, baselines, size, B):  # world: with memory kept as in training
     if (device.type == "cpu") != (B == 8):
         pytest.skip("a batch of 8 is a CPU's, larger ones are a GPU's")

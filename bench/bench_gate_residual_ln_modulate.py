@@ -10,7 +10,12 @@ from fastdit_kernels.reference import gate_residual_ln_modulate as reference
 
 # Bytes per element, forward and backward, of the code PyTorch runs and its compiler generates for the reference.
 BYTES = {"eager": (22, 38), "torch.compile": (8, 18)}
-SHAPES = [(32, 256, 768), (128, 256, 768), (32, 256, 1152), (128, 256, 1152)]  # at 32 samples several tensors fit L2
+SHAPES = [
+    pytest.param(32, 256, 768, marks=pytest.mark.headline),
+    (128, 256, 768),
+    (32, 256, 1152),
+    (128, 256, 1152),
+]  # at 32 samples several tensors fit L2
 
 
 @pytest.mark.parametrize(("B", "T", "D"), SHAPES)

@@ -4,6 +4,7 @@ A parameter costs 40 bytes on a GPU, the norm 4 and our kernel 36. PyTorch's fus
 reads four numbers and writes four, the scaled gradient too, and the average reads two and writes one.
 """
 
+import pytest
 import torch
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ def standard(size: str, device: torch.device, fused: bool = False, compiled: boo
     return step
 
 
+@pytest.mark.headline
 def test_optimizer_and_ema(side_by_side, device):
     gpu = device.type == "cuda"
     size = "B" if gpu else "S"  # S/2 is 33 M parameters, 1.6 GB a step

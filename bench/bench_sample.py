@@ -52,7 +52,7 @@ def seeds_way(baselines, batch: int, steps: int, device: torch.device, dtype: to
 
 
 @pytest.mark.timeout(0)  # a busy CPU may take minutes
-@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("batch", [1, pytest.param(64, marks=pytest.mark.headline)])
 def test_sampling(side_by_side, device, world, baselines, dtype, numbers, slow, batch):
     batch = 4 if slow and batch == 64 else batch
     config = RECIPES["cats-256"]

@@ -29,6 +29,12 @@ STANDARD = "standard DiT"
 PLAIN = "fastdit, plain MLP"
 COMPILED = ", torch.compile"
 AUTOCAST = ", autocast to bf16"
+HEADLINE = {
+    ("fastdit" + COMPILED, "B", 32),
+    (SEED + COMPILED, "B", 32),
+    (STANDARD + COMPILED, "B", 32),
+    ("fastdit" + COMPILED, "XL", 32),
+}
 
 
 def model_config(name: str, size: str, depth: int = 0):
@@ -88,7 +94,7 @@ def products(model, batch: int, device: torch.device, dtype: torch.dtype):
 
 
 @pytest.mark.timeout(0)  # a busy CPU may take minutes
-@pytest.mark.parametrize(("ours", "theirs"), [("fastdit", SEED), (PLAIN, STANDARD)])
+@pytest.mark.parametrize(("ours", "theirs"), [pytest.param("fastdit", SEED, marks=pytest.mark.headline), (PLAIN, STANDARD)])
 def test_step_in_turns(side_by_side, tally, counting, device, world, baselines, dtype, numbers, slow, ours, theirs):
     if device.type == "cuda":
         pytest.skip("on a GPU test_step times each alone, with the memory to itself")
@@ -129,10 +135,14 @@ def test_step_under_autocast(side_by_side, device, world, baselines, numbers):
     )
 
 
-@pytest.mark.parametrize(("size", "batch"), [("B", 32), ("B", 128), ("XL", 32)])
 @pytest.mark.parametrize(
-    "name",
-    ["fastdit" + COMPILED, "fastdit", PLAIN + COMPILED, PLAIN, SEED + COMPILED, SEED, STANDARD + COMPILED, STANDARD],
+    ("name", "size", "batch"),
+    [
+        pytest.param(name + how, size, batch, marks=[pytest.mark.headline] * ((name + how, size, batch) in HEADLINE))
+        for size, batch in [("B", 32), ("B", 128), ("XL", 32)]
+        for name in ("fastdit", PLAIN, SEED, STANDARD)
+        for how in (COMPILED, "")
+    ],
 )
 def test_step(side_by_side, gpu, world, baselines, dtype, numbers, name, size, batch):
     peak = peak_tflops(torch.cuda.get_device_name(gpu))
@@ -171,6 +181,7 @@ def test_what_a_step_does(tally, counting, device, world, baselines, dtype, numb
             torch._dynamo.reset()
 
 
+@pytest.mark.headline
 @pytest.mark.timeout(0)
 def test_where_a_step_goes(where_it_goes, device, world, baselines, dtype, numbers, slow):
     """As train.py runs it by default: compiled on a GPU, and not on a CPU."""

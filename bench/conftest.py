@@ -1,8 +1,8 @@
 """One way to measure. `pytest bench/` prints a table and writes bench/results/<bench>-<device>.json.
 
-On a GPU a time is the median between device events, with L2 flushed before each round and the device kept busy until the host
-has launched what is timed; on a CPU it is wall clock. Every
-bandwidth stands beside the copy, and every rate of arithmetic beside the matrix product, measured in the same run.
+A file is written again after each bench. On a GPU a time is the median between device events, with L2 flushed before each round
+and the device kept busy until the host has launched what is timed; on a CPU it is wall clock. Every bandwidth
+stands beside the copy, and every rate of arithmetic beside the matrix product, measured in the same run.
 """
 
 import fastdit  # noqa: F401  # isort: skip  before torch
@@ -294,6 +294,11 @@ def _power_and_memory(call: Callable[[], object], device: torch.device, images: 
         if images:
             found["J/img"] = (after - before) / (count * images)
     return found
+
+
+def pytest_runtest_teardown() -> None:
+    """Rows are in their files before the next bench starts: a session that is killed has lost those of one bench."""
+    summary.save(STASH)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -1,5 +1,6 @@
 """What a session of benches found: a table on the terminal, and one JSON file for each bench and kind of device."""
 
+import functools
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from fastdit.runtime.files import write_text
 from fastdit.runtime.hardware import has_bf16
 
 RESULTS = Path(__file__).parent / "results"
@@ -94,7 +96,7 @@ def save(session: Session) -> list[Path]:
         path = RESULTS / f"{bench}-{slug}.json"
         rows = [row._asdict() for row in session.rows if row.bench == bench]
         rows = merged(path, rows)
-        path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        write_text(path, json.dumps({**about, "rows": rows}, indent=1) + "\n")
         written.append(path)
     return written
 
@@ -132,12 +134,18 @@ def _processor() -> str:
     return f"CPU, {names[0] if names else 'unknown'}, {instructions}, {torch.get_num_threads()} threads"
 
 
+@functools.cache
 def _commit() -> str:
+    """What is measured; a copy of the files without their repository does not know."""
+
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
-    return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    try:
+        changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _form(number: float | None, form: str) -> str:

@@ -8,6 +8,8 @@ import torch
 from fastdit_kernels import reference
 from fastdit_kernels.adamw_ema import BLOCK, adamw_ema, addresses, traffic
 
+pytestmark = pytest.mark.gpu
+
 LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "averages")
 SIZES = [(BLOCK,), (3, BLOCK), (1,), (BLOCK + 1,), (7, 5), (0,), (4, 3 * BLOCK - 4), (2, 2)]
 SETTINGS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight": 0.02}

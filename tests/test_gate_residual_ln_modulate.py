@@ -7,6 +7,8 @@ from fastdit_kernels.gate_residual_ln_modulate import gate_residual_ln_modulate
 from fastdit_kernels.ln_modulate import backward_split, forward_split, ln_modulate
 from fastdit_kernels.reference import gate_residual_ln_modulate as reference
 
+pytestmark = pytest.mark.gpu
+
 SHAPES = [(2, 33, 768), (3, 5, 1152), (5, 33, 97)]  # B, T, D
 
 

@@ -15,6 +15,8 @@ from torch.nn import functional
 from fastdit.config import ModelConfig
 from fastdit.model import DiT
 
+pytestmark = pytest.mark.gpu
+
 # B, height, width, F, K: square and not, wider and narrower than a strip, F over, under and at a block. Few rows, for the
 # interpreter takes 5 to 30 ms for each.
 SHAPES = [

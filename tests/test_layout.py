@@ -165,6 +165,7 @@ def test_what_is_tested_exists():
         "summary",  # bench/summary.py, which keeps results
         "aot",  # every kernel, compiled ahead of time
         "ptx",  # every kernel, as it is compiled, executed without a GPU
+        "gpu",  # what only a GPU shows, of the whole run
         "ptx_machine",  # what executes it
         "block",  # one block of model.py
         "step",  # the whole training step

@@ -7,6 +7,8 @@ from fastdit_kernels import ln_modulate as module
 from fastdit_kernels.ln_modulate import ln_modulate
 from fastdit_kernels.reference import ln_modulate as reference
 
+pytestmark = pytest.mark.gpu
+
 SHAPES = [(2, 33, 768), (3, 5, 1152), (5, 33, 97), (1, 70, 40)]  # B, T, D
 
 

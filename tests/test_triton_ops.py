@@ -18,6 +18,8 @@ from fastdit.config import ModelConfig
 from fastdit.model import Block as DiTBlock
 from fastdit.model import DiT
 
+pytestmark = pytest.mark.gpu
+
 B, T, D = 2, 13, 40
 
 
