@@ -91,6 +91,18 @@ def test_python_blocks_of_the_readme_run(home, number):
         assert config.data.source == "folder"
 
 
+def test_python_blocks_of_the_other_pages_run(home):
+    given = {}
+    for block in blocks(ROOT / "docs" / "python.md", "python"):
+        exec(compile(block, "python.md", "exec"), given)
+    assert given["image"].shape == (3, 32, 32)
+    assert given["prediction"].shape == (2, 3, 32, 32)
+    assert (home / "my-model" / "model.safetensors").is_file()
+    assert given["x"].grad.isfinite().all()
+    assert packs.verify(given["pack"]).class_names == ["day", "night"]
+    assert {page.name for page in PAGES if blocks(page, "python")} == {"README.md", "python.md"}  # no page is left out
+
+
 def test_the_notebook_runs(home):
     cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
     given = {"__name__": "notebook"}
