@@ -241,8 +241,14 @@ def derive(config: Config, before: Config) -> Config:
             "num_classes": classes,
             "num_heads": heads.get(m.width) or next((h for h in range(most, 1, -1) if m.width % h == 0), 1),
         },
-        diffusion={"clip_x0": d.vae is None},
+        diffusion={"clip_x0": d.vae is None} | ({"flow_t": "logit_normal"} if _newly_flow_x0(config, before) else {}),
     )
+
+
+def _newly_flow_x0(config: Config, before: Config) -> bool:
+    """Whether the settings made a flow that predicts x0 of something else; it trains on logit-normal times."""
+    now, then = config.diffusion, before.diffusion
+    return (now.kind, now.prediction) == ("flow", "x0") != (then.kind, then.prediction)
 
 
 def fit(config: Config, shape: tuple[int, ...], num_classes: int) -> Config:

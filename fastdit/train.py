@@ -27,7 +27,7 @@ from fastdit import config as configs
 from fastdit import pictures, sampling
 from fastdit.checkpoint import Checkpoints, newest
 from fastdit.config import Config, UserError, fit
-from fastdit.data import encoding, vae
+from fastdit.data import classes, encoding, vae
 from fastdit.data.manifest import changes, identity
 from fastdit.diffusion import Drawn, Objective, choose_objective, draw
 from fastdit.meter import Meter, summary
@@ -140,6 +140,8 @@ def train(config: Config, on_purpose: bool = False) -> int:
     # The data, which say what the network sees.
     pack = ranks.every(world, lambda: encoding.open_pack(config, world))
     config = fit(config, pack.manifest.image_shape, pack.manifest.num_classes)
+    if refusal := footprint.check(config, world.device, config.parallel.shard or world.local_size, pack.manifest.count):
+        raise UserError(refusal)
     stop = ranks.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
 
     # The network, its optimizer and its loss.
@@ -155,6 +157,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
     autoencoder = ranks.every(world, lambda: vae.of(config, world.device))
     judge = ranks.every(world, lambda: open_judge(config, world)) if config.eval.every_images else None
     ranks.once(world, lambda: start_run(config, folder, changed, images_seen, lock))
+    ranks.once(world, lambda: classes.write(folder, pack.manifest.class_names))
     meter = Meter(
         folder,
         config.log,

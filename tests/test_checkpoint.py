@@ -736,10 +736,10 @@ def test_weights_round_trip_and_stay_whole(tmp_path, monkeypatch):
     assert equal(load_file(path), tensors)
     assert metadata == {"format": "pt", "config": "{}"}
 
-    def full(fd, data):
+    def full(fd):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"w\.safetensors was not written: No space left on device"):
         save_weights(path, {"other": torch.zeros(3)})
     monkeypatch.undo()
