@@ -222,7 +222,7 @@ def test_bytes_are_the_floor_and_little_more(recording, device, B, side, most, F
     counted["forward"] = blocks * recorder.traffic().programs
     with recording() as recorder:
         module.backward(h.clone(), h, bias, taps, *grid, one_block)
-    partials = module.backward_split(B, *grid, K).programs * (K * K + 2) * F * 4
+    partials = module.backward_split(B, *grid, K, 80).programs * (K * K + 2) * F * 4
     sums = (K * K + 2) * F * 4
     counted["backward"] = blocks * recorder.traffic().programs + partials + sums  # the second kernel reads and writes these
     assert counted == module.traffic(B, *grid, F, K, 2, 2)
