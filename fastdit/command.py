@@ -69,10 +69,10 @@ def help_at_once(prog: str, description: str | None) -> None:
 
 
 def _settings(args: list[str], prog: str, description: str, default: Config) -> Config:
-    summary = description.partition("\n")[0]
-    usage = f"{summary}\n\n{prog} [RECIPE | RUN] [--group.field VALUE …]\nrecipes: {', '.join(RECIPES)}; by default cats"
+    way = f"{prog} [RECIPE | RUN] [--group.field VALUE …]\nrecipes: {', '.join(RECIPES)}; by default cats"
+    usage = f"{description}\n\n{way}"
     if args and args[0] in ("--help", "-h") and args[1:] != ["all"]:
-        print(_short_help(usage, prog, default))
+        print(_short_help(description.partition("\n")[0] + "\n\n" + way, prog, default))
         raise SystemExit(0)
     if args[:1] == ["--help"]:
         args = ["--help"]

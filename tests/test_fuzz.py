@@ -21,7 +21,7 @@ from fastdit.checkpoint import Checkpoints
 from fastdit.config import UserError
 from fastdit.data import decode
 from fastdit.data import pack as packs
-from fastdit.runtime.run import load_config, save_config
+from fastdit.runtime.run import LIMIT, load_config, save_config
 from fastdit.runtime.tensors import load_weights, save_weights
 
 
@@ -159,7 +159,7 @@ def test_config_files(count, tmp_path, soaked):
     tried(count)(given(CHANGES, ENDS)(lambda changes, end: check(changed(data, changes, end))))()
     tried(count // 3)(given(st.binary(max_size=64))(check))()
     check(b"[" * 100_000)
-    check(b" " * (C.LIMIT + 1))
+    check(b" " * (LIMIT + 1))
     soaked("fuzz: config.json", tried=2 * count + count // 3, tracebacks=0)
 
 

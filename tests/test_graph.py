@@ -142,7 +142,7 @@ def trained(config: Config, graphed: bool, kernel: bool, steps: int) -> tuple[li
         ({"train": {"grad_accum": 2, "spike_sigma": 3.0}}, False),
         ({"train": {"grad_accum": 2}}, True),
         ({"diffusion": {"kind": "flow", "model_guidance": 0.3}, "parallel": {"precision": "fp32"}}, False),
-        ({"model": {"learn_sigma": True}}, False),
+        ({"model": {"learn_sigma": True}, "diffusion": {"kind": "ddpm"}}, False),
     ],
     ids=["bf16", "kernel", "accumulated", "kernel, accumulated", "flow", "learned variance"],
 )

@@ -28,7 +28,7 @@ import torch.utils.tensorboard  # here, as what follows: a rank is a fork, and n
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch.distributed.tensor import DTensor
 
-from fastdit import command, sampling, train
+from fastdit import command, pictures, sampling, train
 from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, TrainConfig
@@ -168,7 +168,7 @@ def die() -> None:
 PLACES = {
     "step": (Optimizer, "step", False),
     "micro-step": (Pack, "batch", False),
-    "sampling": (sampling, "save_grid", False),
+    "sampling": (pictures, "save_grid", False),
     "vote": (ranks.Stop, "agreed", False),
     "after a save": (Checkpoints, "save", True),
     "in a save": (Checkpoints, "save", False),
