@@ -137,7 +137,7 @@ def test_commands_parse(home, page, words):
         return
     [at] = scripts
     assert (ROOT / words[at]).is_file(), f"{page} names {words[at]}"
-    assert [word for word in words if not re.match(r"[A-Z_]+=", word)][0] in ("python", "torchrun", "srun"), page
+    assert next(word for word in words if not re.match(r"[A-Z_]+=", word)) in ("python", "torchrun", "srun"), page
     verb, args = Path(words[at]).stem, words[at + 1 :]
     if args in (["--help"], ["--help", "all"]):
         return
