@@ -37,7 +37,7 @@ from fastdit.meter import Meter
 from fastdit.model import DiT
 from fastdit.optim import Optimizer, Spikes
 from fastdit.runtime import ranks, sharding
-from fastdit.runtime.run import differences
+from fastdit.runtime.run import save_config
 from fastdit.runtime.tensors import load_weights
 
 ROOT = Path(__file__).parent.parent
@@ -441,8 +441,9 @@ def test_saving_does_not_change_where_a_run_goes(finish, plain, packs, tmp_path,
 
 RESTARTED = """
 import os, pathlib, signal, sys
-from fastdit import train
+from fastdit import command, train
 from fastdit.optim import Optimizer
+from fastdit.runtime.run import load_config
 
 folder, kills = pathlib.Path(sys.argv.pop(1)), int(sys.argv.pop(1))
 rank, attempt = os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -456,19 +457,8 @@ def step(self, *args):
     return real(self, *args)
 
 Optimizer.step = step
-train.main()
+command.run(train.train, lambda argv: load_config(pathlib.Path(argv[0])))
 """
-
-
-def arguments(config: Config) -> list[str]:
-    """The command line that means a config."""
-    found, default = [], C.RECIPES["cats"]
-    for difference in differences(config, default):
-        name = difference.partition(":")[0]
-        group, _, field = name.rpartition(".")
-        value = getattr(getattr(config, group), field)
-        found += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return found
 
 
 @counts(1, 3)
@@ -486,7 +476,8 @@ def test_torchrun_restarts_as_often_as_ranks_are_killed(finish, plain, packs, tm
             str(folder),
             str(kills),
         ]
-        end = subprocess.run([*command, "cats", *arguments(config)], capture_output=True, text=True, timeout=150)
+        save_config(config, tmp_path / "asked.json")
+        end = subprocess.run([*command, str(tmp_path / "asked.json")], capture_output=True, text=True, timeout=150)
         assert end.returncode == 0, end.stdout + end.stderr
         assert sorted(p.name for p in folder.glob("launch*")) == [f"launch{a}-{r}" for a in range(kills + 1) for r in (0, 1)]
         assert result(folder) == plain(2)
@@ -737,7 +728,7 @@ def test_a_failure_on_one_rank_is_said_once_and_by_all_left(run_ranks, packs, tm
         ({"attention": "flash"}, "flash"),
         ({"run": {"name": "link"}}, "link is a symbolic link"),
         ({"run": {"name": "linked"}}, "checkpoints is a symbolic link"),
-        ({"model": {"num_classes": 3}}, "--model.num_classes is 3"),
+        ({"model": {"patch": 5}}, "--model.patch 5 does not divide"),
     ],
 )
 def test_what_turns_out_wrong_later_leaves_the_disk_alone(run_ranks, plain, packs, tmp_path, groups, said):

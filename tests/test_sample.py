@@ -108,7 +108,7 @@ def test_an_absurd_config_is_refused_before_anything_is_built(folder, tmp_path, 
 def test_an_absurd_schedule_is_refused(folder, tmp_path, fields):
     save_config(C.replace(load_config(folder / "config.json"), diffusion=fields), tmp_path / "config.json")
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match=r"config.json: \d+ timesteps; there must be at most 1000000"):
+    with pytest.raises(UserError, match=r"config.json: --diffusion.timesteps is \d+; it must be at most 1000000"):
         sample.sample(Options(str(tmp_path)))
 
 
