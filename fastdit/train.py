@@ -7,7 +7,7 @@ import fastdit  # noqa: F401  # isort: skip  before torch
 from fastdit import command  # isort: skip
 
 if __name__ == "__main__":
-    command.help_at_once("torchrun fastdit/train.py", __doc__)  # and not after the seconds that torch takes to import
+    command.help_at_once("python fastdit/train.py", __doc__)  # and not after the seconds that torch takes to import
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ def main() -> None:
     """torchrun fastdit/train.py [RECIPE | RUN] [--group.field VALUE …]"""
 
     def parse(argv: Sequence[str]) -> tuple[Config, bool]:
-        return command.parse_run(argv, "torchrun fastdit/train.py", __doc__ or "")
+        return command.parse_run(argv, "python fastdit/train.py", __doc__ or "")
 
     command.run(lambda asked: train(*asked), parse, lambda asked: no_memory(asked[0]))
 
