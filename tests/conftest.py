@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
@@ -20,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a run leaves it so; the tests mean a terminal's
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when `triton.jit` decorates: before any kernel module is imported

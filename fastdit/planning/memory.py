@@ -51,7 +51,8 @@ def activations(config: Config, batch: int, ops: Ops | None = None) -> Activatio
         y = torch.empty(batch, dtype=torch.int64) if m.num_classes else None
     weights = {_key(p) for p in model.parameters()}
     for p in model.parameters():  # a gradient leaves as soon as it is reduced
-        p.register_post_accumulate_grad_hook(_forget)
+        if p.requires_grad:  # a fixed position embedding has no gradient
+            p.register_post_accumulate_grad_hook(_forget)
     saved: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
