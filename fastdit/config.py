@@ -262,15 +262,8 @@ def fit(config: Config, shape: tuple[int, ...], num_classes: int) -> Config:
 def run_name(path: str) -> str:
     """What a run on these data is called: the last part of the path or name, in letters that a folder's name may have."""
     local = Path(path).expanduser()
-    last = local.resolve().name if local.exists() else hub_name(path)[0].rpartition("/")[2]
+    last = local.resolve().name if local.exists() else re.split("[:@]", path)[0].rpartition("/")[2]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".parquet"))[:100].strip("-._") or "run"
-
-
-def hub_name(path: str) -> tuple[str, str, str | None]:
-    """OWNER/NAME[:SPLIT][@REVISION] → name, split ("train" by default), revision."""
-    name, _, revision = path.partition("@")
-    name, _, split = name.partition(":")
-    return name, split or "train", revision or None
 
 
 # --- what must hold, before anything touches the disk or the network ---

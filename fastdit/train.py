@@ -91,6 +91,12 @@ def update(model: DiT, objective: Objective, optimizer: Optimizer, drawn: list[D
     return mean_loss, optimizer.step(rates, mean_loss)
 
 
+def require_memory(config: Config, world: World, num_images: int) -> None:
+    """Raise UserError where, by plan, the run cannot work on this rank's device."""
+    if refusal := footprint.check(config, world.device, config.parallel.shard or world.local_size, num_images):
+        raise UserError(refusal)
+
+
 def no_memory(config: Config) -> str:
     """What to say where memory ran out: which batch would do."""
     t, num_ranks = config.train, config.parallel.shard or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -140,8 +146,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
     # The data, which say what the network sees.
     pack = ranks.every(world, lambda: encoding.open_pack(config, world))
     config = fit(config, pack.manifest.image_shape, pack.manifest.num_classes)
-    if refusal := footprint.check(config, world.device, config.parallel.shard or world.local_size, pack.manifest.count):
-        raise UserError(refusal)
+    ranks.every(world, lambda: require_memory(config, world, pack.manifest.count))
     stop = ranks.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
 
     # The network, its optimizer and its loss.
