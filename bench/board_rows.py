@@ -116,7 +116,7 @@ class Plain:
 
     def step(self, images_seen: int, trained_s: float) -> None:
         t = self.config.train
-        x0, y = self.pack.batch(images_seen, t.batch)
+        x0, y, *_ = self.pack.batch(images_seen, t.batch)
         self.objective.loss(self.network, x0, y, self.config.run.seed, images_seen).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip)
         self.optimizer.step()

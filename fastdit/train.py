@@ -74,7 +74,7 @@ def step(
     batch, drawn = config.train.batch, []
     for micro in range(config.train.grad_accum):
         first = images_seen + (micro * world.size + world.rank) * batch  # this rank's images of the micro-step, by number
-        x0, y = pack.batch(first, batch)
+        x0, y, *_ = pack.batch(first, batch)
         drawn.append(draw(objective, x0, y if config.model.num_classes else None, config.run.seed, first))
     rates = optimizer.rates(images_seen)
     return graph(drawn, rates) if graph else update(model, objective, optimizer, drawn, rates)

@@ -132,7 +132,7 @@ def test_latents_of_both_flips_are_exact_to_bf16_rounding(latent_config):
 def test_a_batch_of_an_encoded_pack_is_what_the_autoencoder_says(latent_config):
     pack = encoding.open_pack(latent_config, ALONE, quiet)
     assert pack.stride == latent_config.train.batch
-    x0, y = pack.batch(0, 41)
+    x0, y, *_ = pack.batch(0, 41)
     assert x0.shape == (41, 3, 8, 12)
     assert sorted(y.tolist()) == sorted(n * 3 // NUM for n in GOOD)
 
@@ -435,7 +435,7 @@ def test_fewer_images_than_ranks(tmp_path, run_ranks, num):
     config = replace(RECIPES["cats"], data=data, model={"input_size": (16, 24), "num_classes": 0, "channels": 1})
     found = run_ranks(4, encode, config, 2)
     assert {digest for digest, _ in found} == {hashlib.sha256(bytes([7]) * (16 * 24 * num)).hexdigest()}
-    x0, y = encoding.open_pack(config, ALONE, quiet).batch(0, 64)
+    x0, y, *_ = encoding.open_pack(config, ALONE, quiet).batch(0, 64)
     assert x0.shape == (64, 1, 16, 24)
     assert (x0 == (2 * 7 - 255) / 255).all()
     assert y is None

@@ -205,7 +205,7 @@ def test_pack_manifests(count, pack, soaked):
         path.write_bytes(data)
         try:
             opened = packs.Pack(pack, torch.device("cpu"), 0)
-            x0, y = opened.batch(2, 5)
+            x0, y, *_ = opened.batch(2, 5)
             opened.close()
             assert x0.shape[0] == 5
             assert y is None or y.shape == (5,)

@@ -101,7 +101,7 @@ def test_the_pack_is_what_a_run_is_given(tmp_path):
     path = encoding.pack_dataset(Pictures(), tmp_path / "mine", image_size=(32, 32))
     config = replace(RECIPES["cats"], data={"path": str(path)}, model={"num_classes": 3})
     validate(config)
-    x0, y = encoding.open_pack(config, ALONE, lambda line: None).batch(0, 10)
+    x0, y, *_ = encoding.open_pack(config, ALONE, lambda line: None).batch(0, 10)
     assert x0.shape == (10, 3, 32, 32)
     assert sorted(y.tolist()) == sorted(n % 3 for n in range(10))
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from fastdit.config import UserError, plain
+from fastdit.data.normaliser import Normaliser
 from fastdit.runtime.files import read_file
 
 FORMAT = 1
 LIMIT = 1 << 28  # bytes of manifest.json; ImageNet's has 5 MB
-DTYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16}
+DTYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
+WIDEST = 1 << 16  # numbers in a condition
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,21 @@ class Manifest:
     # Absent where empty: of datasets that have none, and of packs made before there were such fields.
     revision: str = ""  # commit of the hub dataset
     vae_sha256: str = ""  # of the VAE's weights
+    # Of arrays alone (data/arrays.py).
+    condition: int = 0  # numbers in each sample's condition; 0: there are none
+    lengths: bool = False  # whether each sample says how much of it is no padding
+    normaliser: dict[str, Any] = dataclasses.field(default_factory=dict)  # data/normaliser.py, as its `to_dict` gives it
+    beside_sha256: str = ""  # of the conditions and lengths
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """[C, h, w] of what the network sees."""
-        C, h, w = self.shape[-3:]
-        return (C // 2, h, w) if self.vae else (C, h, w)
+    def arrays(self) -> bool:
+        """Whether the rows are arrays of fp32 numbers, and no images."""
+        return self.dtype == "float32"
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """[C, h, w] of what the network sees; of arrays [C, L], [C, rows, columns] or [C, frames, rows, columns]."""
+        return (self.shape[1] // 2, *self.shape[2:]) if self.vae else tuple(self.shape)
 
     @property
     def row_bytes(self) -> int:
@@ -56,6 +67,7 @@ class Manifest:
 
 
 REQUIRED = [f.name for f in dataclasses.fields(Manifest) if f.default is dataclasses.MISSING]
+PLAIN = {"int": int, "str": str, "float": float, "bool": bool, "dict": dict}  # types of fields that are no lists
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -67,7 +79,7 @@ def read_manifest(path: Path) -> Manifest:
         if not isinstance(data, dict) or not set(REQUIRED) <= data.keys() <= types.keys():
             raise ValueError(f"fields differ from {', '.join(types)}")
         for name, value in data.items():
-            expected = {"int": int, "str": str, "float": float, "bool": bool}.get(getattr(types[name], "__name__", ""), list)
+            expected = PLAIN.get(getattr(types[name], "__name__", ""), list)
             if type(value) is not expected:
                 raise ValueError(f"{name} is {value!r}")
         manifest = Manifest(**data)
@@ -85,9 +97,12 @@ def _check(m: Manifest) -> None:
 
     digest = re.compile("[0-9a-f]{64}")
     need(m.format == FORMAT, "format")
-    need(m.dtype == ("bfloat16" if m.vae else "uint8"), "dtype")
+    need(m.dtype == "bfloat16" if m.vae else m.dtype in ("uint8", "float32"), "dtype")
     need(all(type(n) is int and 0 < n <= 1 << 16 for n in m.shape), "shape")
-    need(len(m.shape) == 4 and m.shape[0] == 2 and m.shape[1] % 2 == 0 if m.vae else len(m.shape) == 3, "shape")
+    if m.vae:
+        need(len(m.shape) == 4 and m.shape[0] == 2 and m.shape[1] % 2 == 0, "shape")
+    else:
+        need(len(m.shape) in ((2, 3, 4) if m.arrays else (3,)), "shape")
     need(math.isfinite(m.scale) and m.scale > 0, "scale")
     need(math.isfinite(m.shift), "shift")
     need((m.num_classes > 0) == m.labelled and len(m.class_names) in (0, m.num_classes), "num_classes")
@@ -98,7 +113,22 @@ def _check(m: Manifest) -> None:
         need(bool(digest.fullmatch(chunk[1])), "chunks")
     need(m.count > 0 and m.count == sum(chunk[0] for chunk in m.chunks), "count")
     need(all(type(row) is list and [type(x) for x in row] == [str, str] for row in m.skipped), "skipped")
+    _check_arrays(m, need)
     need(not m.vae_sha256 or bool(digest.fullmatch(m.vae_sha256)), "vae_sha256")
+
+
+def _check_arrays(m: Manifest, need: Callable[[bool, str], None]) -> None:
+    need(0 <= m.condition <= (WIDEST if m.arrays else 0), "condition")
+    need(m.arrays or not m.lengths, "lengths")
+    need(bool(m.normaliser) == m.arrays, "normaliser")
+    if m.arrays:
+        found = Normaliser.from_dict(m.normaliser)
+        need(
+            len(found.x.scale) == m.shape[0] and len(found.condition.scale if found.condition else ()) == m.condition,
+            "normaliser",
+        )
+    beside = bool(re.fullmatch("[0-9a-f]{64}", m.beside_sha256))
+    need(beside if m.condition or m.lengths else not m.beside_sha256, "beside_sha256")
 
 
 def write(manifest: Manifest) -> bytes:
@@ -114,6 +144,8 @@ def identity(m: Manifest) -> dict[str, str]:
     """
     names = f" ({plain(', '.join(m.class_names), 1000)})" if m.class_names else ""
     content = [m.chunks, m.labels_sha256, m.num_classes, m.class_names, m.scale, m.shift]
+    if m.arrays:
+        content += [m.beside_sha256, m.normaliser]
     return {
         "images": f"{m.count:,}",
         "classes": f"{m.num_classes:,}{names}",
@@ -121,6 +153,7 @@ def identity(m: Manifest) -> dict[str, str]:
         "transform": m.transform,
         "VAE": (m.vae_sha256[:16] or f"{m.vae} {m.vae_revision}".strip()) if m.vae else "none",
         "hub revision": m.revision or "none",
+        **({"condition": f"{m.condition} numbers", "lengths": "given" if m.lengths else "none"} if m.arrays else {}),
         "content": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
     }
 
@@ -133,5 +166,5 @@ def changes(before: Mapping[str, object], now: Mapping[str, str]) -> list[str]:
         if part != "content" and before.get(part) != value
     ]
     if not named and before.get("content") != now["content"]:
-        named.append("the pictures, their labels or their order")
+        named.append(f"the {'arrays' if 'condition' in now else 'pictures'}, their labels or their order")
     return named

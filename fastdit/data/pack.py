@@ -2,7 +2,9 @@
 
 A pack is a folder of two files. data.bin holds `count` rows, then their labels as int64; a row is either uint8 pixels
 [3, H, W], or the bf16 moments of an image and of its mirror image, [2, 2·C, h, w]: the posterior is drawn afresh each time
-an image is seen. manifest.json says what the rows are and where they came from, and holds their checksums.
+an image is seen. Or it is an array of fp32 numbers, normalised, and the samples' conditions as fp32 [K] and their lengths as
+int64 follow the labels, where there are such. manifest.json says what the rows are and where they came from, and holds their
+checksums.
 """
 
 import contextlib
@@ -37,7 +39,9 @@ class DataFile:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.labels_start = manifest.count * manifest.row_bytes
-        self.size = self.labels_start + 8 * manifest.count * manifest.labelled
+        self.conditions_start = self.labels_start + 8 * manifest.count * manifest.labelled
+        self.lengths_start = self.conditions_start + 4 * manifest.count * manifest.condition
+        self.size = self.lengths_start + 8 * manifest.count * manifest.lengths
         fd, found = -1, 0
         with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             if not path.is_symlink():
@@ -99,8 +103,10 @@ def verify(path: Path) -> Manifest:
                 f"{plain(data.path)}: rows {first} to {first + count - 1} are damaged; delete {plain(path)} to encode anew"
             )
         first += count
-    if m.labelled and digest(data.labels_start, data.size) != m.labels_sha256:
+    if m.labelled and digest(data.labels_start, data.conditions_start) != m.labels_sha256:
         raise UserError(f"{plain(data.path)}: the labels are damaged; delete {plain(path)} to encode anew")
+    if m.beside_sha256 and digest(data.conditions_start, data.size) != m.beside_sha256:
+        raise UserError(f"{plain(data.path)}: the conditions or lengths are damaged; delete {plain(path)} to encode anew")
     return m
 
 
@@ -108,8 +114,10 @@ def verify(path: Path) -> Manifest:
 
 
 class Batch(NamedTuple):
-    x0: Tensor  # fp32 [count, C, h, w]: pixels in [-1, 1], or scaled latents
+    x0: Tensor  # fp32 [count, C, h, w]: pixels in [-1, 1], or scaled latents; [count, C, …]: normalised arrays
     y: Tensor | None  # int64 [count]; None where the dataset is unlabelled
+    condition: Tensor | None = None  # fp32 [count, K], normalised; None where the dataset has none, as images have none
+    length: Tensor | None = None  # int64 [count], along the grid's first axis; what is beyond is padding. None: there is none
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -143,20 +151,13 @@ class Pack:
         if self.data.size <= VERIFY_BYTES:
             verify(path)
         m = self.manifest
-        self.device, self.seed, self.hflip, self.stride = device, seed, hflip, stride
+        self.device, self.seed, self.hflip, self.stride = device, seed, hflip and not m.arrays, stride
         self.waited_s = self.reported_s = 0.0  # that callers waited for data
         self.resident = m.count * m.row_bytes <= device_gib * (1 << 30)
         # Of latents, row 2·i is image i and row 2·i + 1 its mirror image.
         self.row_shape = m.shape[1:] if m.vae else m.shape
         self.rows = self._load() if self.resident and device.type != "cpu" else None
-        self.labels: Tensor | None = None
-        if m.labelled:
-            labels = self.data.read(self.data.labels_start, torch.empty(m.count, dtype=torch.int64))
-            if labels.min() < 0 or labels.max() >= m.num_classes:
-                raise UserError(
-                    f"{plain(path / 'data.bin')}: labels outside 0 … {m.num_classes - 1}; delete {plain(path)} to encode anew"
-                )
-            self.labels = labels.to(device)
+        self.labels, self.conditions, self.lengths = self._beside()
         self._orders: dict[int, Tensor] = {}
         self._ahead: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] = {}
         self._thread = ThreadPoolExecutor(1, "read-ahead")
@@ -181,11 +182,14 @@ class Pack:
         if m.vae:
             eps = rng.normal(m.image_shape, self.seed, "posterior", first, count, self.device)
             x0 = posterior(rows, eps, m.scale, m.shift)
+        elif m.arrays:
+            x0 = rows
         else:
             x0 = normalise(rows)
             if self.hflip:
                 x0 = torch.where((pick % 2 == 1).view(-1, 1, 1, 1), x0.flip(-1), x0)
-        return Batch(x0, None if self.labels is None else self.labels.index_select(0, pick // 2))
+        beside = (self.labels, self.conditions, self.lengths)
+        return Batch(x0, *(None if values is None else values.index_select(0, pick // 2) for values in beside))
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -242,6 +246,26 @@ class Pack:
             rows[at : at + len(piece)] = piece
             at += len(piece)
         return rows.view(DTYPES[m.dtype]).view(-1, *self.row_shape)
+
+    def _beside(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """All labels, conditions and lengths, on the device; None where there are none. Raises UserError."""
+        m, data = self.manifest, self.data
+        labels = conditions = lengths = None
+        if m.labelled:
+            labels = data.read(data.labels_start, torch.empty(m.count, dtype=torch.int64))
+            self._within(labels, 0, m.num_classes - 1, "labels")
+        if m.condition:
+            conditions = data.read(data.conditions_start, torch.empty(m.count, m.condition))
+        if m.lengths:
+            lengths = data.read(data.lengths_start, torch.empty(m.count, dtype=torch.int64))
+            self._within(lengths, 1, m.shape[1], "lengths")
+        labels, conditions, lengths = (None if part is None else part.to(self.device) for part in (labels, conditions, lengths))
+        return labels, conditions, lengths
+
+    def _within(self, values: Tensor, least: int, most: int, what: str) -> None:
+        if values.min() < least or values.max() > most:
+            path = self.data.path
+            raise UserError(f"{plain(path)}: {what} outside {least} … {most}; delete {plain(path.parent)} to encode anew")
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         # The caching host allocator keeps a pinned block until the copy out of it is done.
