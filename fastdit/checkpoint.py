@@ -1,18 +1,11 @@
-"""Checkpoints that are complete or absent, written while training goes on, and read only after every byte has been verified.
+"""The checkpoints of a run: complete or absent, written while training goes on, and read back onto any number of ranks.
 
-    checkpoints/000000012800/           images seen
-        shards/00000-of-00002.safetensors   what rank 0 of 2 held: a shard of every tensor, in torch's DCP layout
-        ema.safetensors                     the averaged weights, whole, for sampling
-        checkpoint.json                     images seen, world size, sizes, and the caller's state
-        SHA256SUMS                          written last
-
-It is written as 000000012800.tmp, and renamed once the disk has confirmed all of it. torch.distributed.checkpoint says which
-part of a tensor a rank holds, and reads the shards back onto any number of ranks; no file holds a pickle.
+torch.distributed.checkpoint says which part of a tensor a rank holds, and reads the shards; no file holds a pickle. The folder
+of a checkpoint is known to runtime/saved.py.
 """
 
 import json
 import os
-import re
 import shutil
 import threading
 import warnings
@@ -29,15 +22,12 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fastdit.config import UserError, plain
-from fastdit.runtime.files import SUMS, Written, read_file, read_sums, sync_folder, verify, write_file, write_sums
+from fastdit.runtime import saved
+from fastdit.runtime.files import Written, read_sums, sync_folder, write_file, write_sums
+from fastdit.runtime.saved import ABOUT, FILES, FOLDER, FORMAT, LEFTOVER, SHARDS, WEIGHTS
 from fastdit.runtime.tensors import Piece, contents, fit, owned, write_safetensors, write_shard
 
 T = TypeVar("T")
-FORMAT = 1
-ABOUT, WEIGHTS, SHARDS = "checkpoint.json", "ema.safetensors", "shards"
-FILES = r"checkpoint\.json|ema\.safetensors|shards/[0-9]{5}-of-[0-9]{5}\.safetensors"
-LIMIT = 16 << 20  # bytes of checkpoint.json; a real one has thousands
-FOLDER, LEFTOVER = re.compile(r"[0-9]{12}"), re.compile(r"[0-9]{12}(\.old)?\.tmp")
 
 
 class Checkpoints:
@@ -140,7 +130,7 @@ class Checkpoints:
             if self.rank != 0:
                 return True
             self._tidy()
-            if final.exists() and not _damage(final, 0, 1):
+            if final.exists() and not saved.damage(final, 0, 1):
                 return False
             (aside / SHARDS).mkdir(parents=True)
             return True
@@ -221,14 +211,11 @@ class Checkpoints:
 
     def _retain(self, newest: str) -> None:
         """Remove all but the last `keep`. What is incomplete, known to be damaged, or later neither counts nor goes."""
-        names = [n for n in self._names() if n <= newest and n not in self._damaged and (self.folder / n / SUMS).is_file()]
+        names = [n for n in saved.complete(self.folder) if n <= newest and n not in self._damaged]
         for name in names[: -self.keep]:
             self._remove(self.folder / name)
 
     # --- loading ---
-
-    def _names(self) -> list[str]:
-        return _names(self.folder)
 
     def latest(self) -> int | None:
         """Images seen of the newest checkpoint that is sound in every byte; None if there are none at all.
@@ -236,12 +223,12 @@ class Checkpoints:
         The ranks share the reading. One that is damaged is passed over with a line to the user. Raises UserError if all are.
         """
         self.wait()
-        [(names, problem), *_] = self._gather(self._names)
+        [(names, problem), *_] = self._gather(lambda: saved.names(self.folder))
         if problem:
             raise UserError(f"cannot read {self.folder}: {problem}")
         problems = []
         for name in reversed(names):
-            found = self._gather(lambda name=name: _damage(self.folder / name, self.rank, self.world))  # type: ignore[misc]
+            found = self._gather(lambda name=name: saved.damage(self.folder / name, self.rank, self.world))  # type: ignore[misc]
             said = next((text for damage, problem in found if (text := damage or problem)), "")
             if not said:
                 self._verified = name
@@ -265,7 +252,7 @@ class Checkpoints:
         folder, self._verified = self.folder / self._verified, None
 
         def check() -> dict[str, Any]:
-            about = _about(folder, read_sums(folder, FILES))
+            about = saved.read_about(folder, read_sums(folder, FILES))
             if about["fingerprint"] != self.fingerprint:
                 raise ValueError(f"it was saved under another configuration ({about['fingerprint']}, here {self.fingerprint})")
             fit(contents(folder / SHARDS), tensors)
@@ -284,54 +271,3 @@ class Checkpoints:
             first = plain(next(iter(error.failures.values()))[0])
             raise UserError(f"checkpoint {folder.name} cannot be read: {first}") from None
         return found[0][0]
-
-
-def newest(run: Path) -> Path | None:
-    """The folder of a run's newest complete checkpoint; None where there is none. Its bytes are not verified."""
-    folder = run / "checkpoints"
-    return next((folder / name for name in reversed(_names(folder)) if (folder / name / SUMS).is_file()), None)
-
-
-def _names(folder: Path) -> list[str]:
-    """Folders named as checkpoints are, oldest first; links do not count."""
-    if not folder.is_dir():
-        return []
-    return sorted(e.name for e in os.scandir(folder) if FOLDER.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
-
-
-def _damage(folder: Path, rank: int, world: int) -> str:
-    """What is wrong with a checkpoint's bytes; "" where nothing is. Each rank hashes its share of the files."""
-    try:
-        sums = read_sums(folder, FILES)
-        about = _about(folder, sums)
-        if set(about["files"]) | {ABOUT} != set(sums):
-            raise ValueError(f"{ABOUT} and {SUMS} list different files")
-        for name, size in about["files"].items():
-            found = os.lstat(folder / name).st_size
-            if found != size:
-                raise ValueError(f"{name} has {found} of {size} bytes")
-        verify(folder, sums, sorted(about["files"])[rank::world])
-    except OSError as error:
-        return plain(f"{error.strerror or error} ({error.filename})")
-    except ValueError as error:
-        return plain(error)
-    return ""
-
-
-def _about(folder: Path, sums: Mapping[str, str]) -> dict[str, Any]:
-    """checkpoint.json, verified. Raises ValueError or OSError."""
-    if ABOUT not in sums:
-        raise ValueError(f"{SUMS} does not list {ABOUT}")
-    verify(folder, sums, [ABOUT])
-    try:
-        about = json.loads(read_file(folder / ABOUT, LIMIT))
-    except RecursionError:
-        raise ValueError(f"{ABOUT} is nested too deeply") from None
-    kinds = {"format": int, "images_seen": int, "world_size": int, "fingerprint": str, "state": dict, "files": dict}
-    if not isinstance(about, dict) or {k: type(v) for k, v in about.items()} != kinds:
-        raise ValueError(f"{ABOUT} is not what this program writes")
-    if about["format"] != FORMAT:
-        raise ValueError(f"it is in format {about['format']}; this version of fastdit reads {FORMAT}")
-    if f"{about['images_seen']:012d}" != folder.name:
-        raise ValueError(f"the folder holds the checkpoint of {about['images_seen']} images")
-    return about

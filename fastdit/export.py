@@ -24,12 +24,12 @@ from torch import Tensor
 
 from fastdit import command
 from fastdit import config as configs
-from fastdit.checkpoint import ABOUT, FILES, SHARDS, WEIGHTS
 from fastdit.config import Config, ModelConfig, UserError
 from fastdit.data import classes, vae
 from fastdit.model import DiT
 from fastdit.quality import charts, evaluation, history
 from fastdit.runtime.files import read_sums, verify, write_sums
+from fastdit.runtime.saved import ABOUT, FILES, SHARDS, WEIGHTS
 from fastdit.runtime.tensors import contents, load_weights
 from fastdit.weights import folder
 from fastdit.weights.card import Trained, write_card

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastdit import config as configs
 from fastdit import pictures, sampling
-from fastdit.checkpoint import Checkpoints, newest
+from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, UserError, fit
 from fastdit.data import classes, encoding, vae
 from fastdit.data.manifest import changes, identity
@@ -36,7 +36,7 @@ from fastdit.optim import Optimizer, lr_at
 from fastdit.planning import memory as footprint
 from fastdit.quality import evaluation, references
 from fastdit.quality.scores import Judge
-from fastdit.runtime import ranks, sharding
+from fastdit.runtime import ranks, saved, sharding
 from fastdit.runtime.graph import Graphed, graphs
 from fastdit.runtime.hardware import has_bf16, peak_tflops, precision
 from fastdit.runtime.lock import Lock
@@ -150,7 +150,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
     stop = ranks.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
 
     # The network, its optimizer and its loss.
-    model = build(config, world, start=ranks.once(world, lambda: newest(folder) is None))
+    model = build(config, world, start=ranks.once(world, lambda: saved.newest(folder) is None))
     optimizer = Optimizer(model, config.train, batch, kernel=on_kernels(config, world.device))
     objective = choose_objective(config, world.device)
 
@@ -329,7 +329,7 @@ def start_run(config: Config, folder: Path, changed: list[str], images_seen: int
     folder.mkdir(parents=True, exist_ok=True)
     if lock.file is None:  # there was no run here a moment ago
         warn(lock.take())
-        if newest(folder) is not None and images_seen == 0:
+        if saved.newest(folder) is not None and images_seen == 0:
             raise UserError(f"another process began a run in {folder} meanwhile; the same command goes on with it")
     record_changes(folder, changed, images_seen)
     save_config(config, folder / CONFIG)

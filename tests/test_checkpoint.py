@@ -22,11 +22,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from fastdit import checkpoint
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import TrainConfig, UserError
 from fastdit.optim import Optimizer
-from fastdit.runtime import files
+from fastdit.runtime import files, saved
 from fastdit.runtime.tensors import load_weights, save_weights
 
 # Rows that no world size divides, fewer rows than ranks, one element, other dtypes; the second is sharded by columns.
@@ -768,4 +767,4 @@ def test_nothing_is_ever_overwritten_or_followed(tmp_path):
         with pytest.raises(FileExistsError):
             files.write_file(tmp_path / name, [b"y"])
     assert (tmp_path / "file").read_text() == "x"
-    assert checkpoint.FORMAT == 1
+    assert saved.FORMAT == 1

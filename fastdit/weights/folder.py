@@ -13,11 +13,11 @@ from fastdit_kernels import Ops
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
-from fastdit import checkpoint
 from fastdit import config as configs
 from fastdit.config import Config, UserError, plain
 from fastdit.data import classes
 from fastdit.model import DiT, choose_ops
+from fastdit.runtime import saved
 from fastdit.runtime.hardware import compute_dtype
 from fastdit.runtime.ranks import World
 from fastdit.runtime.run import load_config, save_config
@@ -44,7 +44,7 @@ def locate(source: str | Path, **hub: Any) -> Located:
     path = Path(source)
     if path.is_file():
         folder = path.absolute().parent
-        if path.name == checkpoint.WEIGHTS and (folder / checkpoint.ABOUT).is_file():
+        if path.name == saved.WEIGHTS and (folder / saved.ABOUT).is_file():
             return _checkpoint(folder)
         for place in (folder, *path.resolve().parents[:3]):
             if (place / CONFIG).is_file():
@@ -53,16 +53,16 @@ def locate(source: str | Path, **hub: Any) -> Located:
     if path.is_dir():
         if (path / WEIGHTS).is_file():
             return Located(path / WEIGHTS, load_config(path / CONFIG), path, None)
-        if (path / checkpoint.ABOUT).is_file():
+        if (path / saved.ABOUT).is_file():
             return _checkpoint(path.absolute())
         if (path / "model_index.json").is_file():
             raise UserError(
                 f"{path} holds a pipeline: open it with FastDiTPipeline.from_pretrained, or bring it in with convert.py"
             )
-        newest = checkpoint.newest(path)
+        newest = saved.newest(path)
         if newest is None:
             raise UserError(f"{path} holds no checkpoint yet")
-        return Located(newest / checkpoint.WEIGHTS, load_config(path / CONFIG), path, int(newest.name))
+        return Located(newest / saved.WEIGHTS, load_config(path / CONFIG), path, int(newest.name))
     repo_id, _, revision = str(source).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or Path(repo_id).parent.is_dir():
         raise UserError(f"{path} does not exist; name a run folder, an exported folder, a safetensors file or a hub id")
@@ -75,7 +75,7 @@ def _checkpoint(folder: Path) -> Located:
     if not (run / CONFIG).is_file():
         raise UserError(f"{folder}: there is no config.json in {run} that says what model it holds")
     return Located(
-        folder / checkpoint.WEIGHTS, load_config(run / CONFIG), run, int(folder.name) if folder.name.isdecimal() else None
+        folder / saved.WEIGHTS, load_config(run / CONFIG), run, int(folder.name) if folder.name.isdecimal() else None
     )
 
 
