@@ -20,6 +20,7 @@ from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import UserError
 from fastdit.data import decode
+from fastdit.data import manifest as manifests
 from fastdit.data import pack as packs
 from fastdit.runtime.run import LIMIT, load_config, save_config
 from fastdit.runtime.tensors import load_weights, save_weights
@@ -191,7 +192,7 @@ def pack(tmp_path) -> Path:
     folder = tmp_path / "pack"
     folder.mkdir()
     (folder / "data.bin").write_bytes(rows + labels)
-    (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    (folder / "manifest.json").write_bytes(manifests.write(manifest))
     return folder
 
 

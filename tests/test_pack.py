@@ -1,6 +1,5 @@
 """Packs: each batch against its definition in fp64, both ways of reading bit-equal, and files that lie refused by name."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -46,7 +45,7 @@ def build(path: Path, rows: torch.Tensor, labels: list[int] | None, *, scale: fl
         skipped=[["a.png", "empty"]],
     )
     (path / "data.bin").write_bytes(content.tobytes() + label_bytes)
-    (path / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    (path / "manifest.json").write_bytes(manifests.write(manifest))
     return path
 
 

@@ -48,7 +48,7 @@ class Manifest:
     # Of arrays alone (data/arrays.py).
     condition: int = 0  # numbers in each sample's condition; 0: there are none
     lengths: bool = False  # whether each sample says how much of it is no padding
-    normaliser: dict[str, Any] = dataclasses.field(default_factory=dict)  # data/normaliser.py, as its `to_dict` gives it
+    normaliser: dict[str, Any] | None = None  # data/normaliser.py, as its `to_dict` gives it
     beside_sha256: str = ""  # of the conditions and lengths
 
     @property
@@ -67,7 +67,7 @@ class Manifest:
 
 
 REQUIRED = [f.name for f in dataclasses.fields(Manifest) if f.default is dataclasses.MISSING]
-PLAIN = {"int": int, "str": str, "float": float, "bool": bool, "dict": dict}  # types of fields that are no lists
+PLAIN = {"int": int, "str": str, "float": float, "bool": bool}  # types of fields that are no lists
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -79,7 +79,7 @@ def read_manifest(path: Path) -> Manifest:
         if not isinstance(data, dict) or not set(REQUIRED) <= data.keys() <= types.keys():
             raise ValueError(f"fields differ from {', '.join(types)}")
         for name, value in data.items():
-            expected = PLAIN.get(getattr(types[name], "__name__", ""), list)
+            expected = dict if name == "normaliser" else PLAIN.get(getattr(types[name], "__name__", ""), list)
             if type(value) is not expected:
                 raise ValueError(f"{name} is {value!r}")
         manifest = Manifest(**data)
@@ -120,13 +120,10 @@ def _check(m: Manifest) -> None:
 def _check_arrays(m: Manifest, need: Callable[[bool, str], None]) -> None:
     need(0 <= m.condition <= (WIDEST if m.arrays else 0), "condition")
     need(m.arrays or not m.lengths, "lengths")
-    need(bool(m.normaliser) == m.arrays, "normaliser")
-    if m.arrays:
-        found = Normaliser.from_dict(m.normaliser)
-        need(
-            len(found.x.scale) == m.shape[0] and len(found.condition.scale if found.condition else ()) == m.condition,
-            "normaliser",
-        )
+    need((m.normaliser is not None) == m.arrays, "normaliser")
+    if m.normaliser is not None:
+        _, x, condition = Normaliser.from_dict(m.normaliser)
+        need(len(x.scale) == m.shape[0] and len(condition.scale if condition else ()) == m.condition, "normaliser")
     beside = bool(re.fullmatch("[0-9a-f]{64}", m.beside_sha256))
     need(beside if m.condition or m.lengths else not m.beside_sha256, "beside_sha256")
 
