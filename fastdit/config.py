@@ -50,7 +50,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str | None = None  # pictures: folder, parquet, or hub OWNER/NAME[:SPLIT][@REVISION]; by default drawn cats
+    path: str | None = None  # pictures or arrays: folder, file, or hub OWNER/NAME[:SPLIT][@REVISION]; by default drawn cats
     label_column: str | None = "label"  # class labels; None: train without classes, also from a folder with sub-folders
     num_images: int | None = None  # use only so many images
     image_size: tuple[int, int] = (32, 32)  # rows and columns that every image is brought to
@@ -58,6 +58,8 @@ class DataConfig:
     hflip: bool = True  # show each image mirrored half of the time
     vae: str | None = None  # folder or hub ID[@REVISION] of a diffusers AutoencoderKL; by default train on pixels
     packs: str = "packs"  # where encoded data sets are kept
+    kind: Derived[Literal["images", "arrays"]] = "images"  # what the pack holds
+    normaliser: Derived[Literal["mean_std", "min_max"]] = "mean_std"  # what brings arrays to the numbers trained on
     image_column: Derived[str] = "image"
     max_bad: Derived[float] = 0.01  # share of images that cannot be decoded above which encoding fails
 
@@ -77,9 +79,10 @@ class ModelConfig:
     conv_kernel: int = 3  # side of the depthwise convolution in the MLP: 3, 4 or 5; 0: plain MLP
     class_dropout: float = 0.0  # share of labels replaced by the null class, for classifier-free guidance
     qk_norm: bool = False  # RMS-normalise q and k per head
-    input_size: Derived[tuple[int, int]] = (32, 32)  # rows and columns the network sees: pixels, or the VAE's latents
+    input_size: Derived[tuple[int, ...]] = (32, 32)  # rows and columns the network sees: pixels, the VAE's latents; or a grid
     channels: Derived[int] = 3  # of the network's input
     num_classes: Derived[int] = 15  # 0: unconditional
+    condition: Derived[int] = 0  # K, numbers in the vector that conditions a sample; 0: there is none
     num_heads: Derived[int] = 3
     learn_sigma: Derived[bool] = False  # predict the reverse process's variance too (twice the output channels)
     time_embedding: Derived[Literal["dit", "diffusers", "seed", "sit"]] = "dit"  # whose sinusoids of t
@@ -229,19 +232,26 @@ def derive(config: Config, before: Config) -> Config:
         classes = sum(entry.is_dir() for entry in folder.iterdir()) if folder.is_dir() else 0
     else:
         classes = m.num_classes
+    kind = d.kind if d.path == before.data.path else "images"  # of another path, `fit` will say
     heads = {width: num_heads for _, width, num_heads in SIZES.values()} | {before.model.width: before.model.num_heads}
     most = max(1, m.width // 64)
     recipe = next((name for name, r in RECIPES.items() if r.data.path == d.path), None)
+    pictures = {
+        "input_size": (max(1, d.image_size[0] // factor), max(1, d.image_size[1] // factor)),
+        "channels": channels,
+        "num_classes": classes,
+        "condition": 0,
+    }
     return replace(
         config,
         run={"name": config.run.name or recipe or run_name(d.path or "")},
+        data={"kind": kind},
         model={
-            "input_size": (max(1, d.image_size[0] // factor), max(1, d.image_size[1] // factor)),
-            "channels": channels,
-            "num_classes": classes,
+            **(pictures if kind == "images" else {}),
             "num_heads": heads.get(m.width) or next((h for h in range(most, 1, -1) if m.width % h == 0), 1),
         },
-        diffusion={"clip_x0": d.vae is None} | ({"flow_t": "logit_normal"} if _newly_flow_x0(config, before) else {}),
+        diffusion=({"clip_x0": d.vae is None} if kind == "images" else {})
+        | ({"flow_t": "logit_normal"} if _newly_flow_x0(config, before) else {}),
     )
 
 
@@ -251,10 +261,17 @@ def _newly_flow_x0(config: Config, before: Config) -> bool:
     return (now.kind, now.prediction) == ("flow", "x0") != (then.kind, then.prediction)
 
 
-def fit(config: Config, shape: tuple[int, ...], num_classes: int) -> Config:
-    """The config with the model's input as the encoded data have it: (channels, rows, columns); num_classes 0: no labels."""
+def fit(config: Config, shape: tuple[int, ...], num_classes: int, condition: int = 0, normaliser: str = "") -> Config:
+    """The config with the model's input as the encoded data have it: (channels, rows, columns); num_classes 0: no labels.
+
+    Of arrays: (channels, …) of a grid of one to three dimensions, the width of their condition, and what normalised them.
+    """
     classes = num_classes if config.data.label_column else 0
-    fitted = replace(config, model={"channels": shape[0], "input_size": tuple(shape[1:]), "num_classes": classes})
+    network = {"channels": shape[0], "input_size": tuple(shape[1:]), "num_classes": classes, "condition": condition}
+    fitted = replace(config, model=network, data={"kind": "arrays" if normaliser else "images"})
+    if normaliser:
+        # Arrays normalised to mean 0 and deviation 1 go beyond ±1, those normalised to their least and most do not.
+        fitted = replace(fitted, data={"normaliser": normaliser}, diffusion={"clip_x0": normaliser == "min_max"})
     validate(fitted)
     return fitted
 
@@ -320,6 +337,10 @@ def _validate_diffusion(d: DiffusionConfig) -> None:
 
 def _validate_data(config: Config) -> None:
     m, d = config.model, config.data
+    if d.kind == "arrays":
+        if d.vae:
+            raise UserError(f"--data.vae {plain(d.vae)}: an autoencoder is for pictures, and the data are arrays")
+        return
     if d.source == "cats" and d.image_size not in ((32, 32), (64, 64)):
         raise UserError(f"--data.image_size {times(d.image_size)}: the embedded cats come at 32×32 or 64×64")
     if not d.vae and m.channels not in (1, 3):
@@ -386,5 +407,5 @@ def _validate_numbers(config: Config) -> None:
                 raise UserError(f"--{group.name}.{f.name} is {number:g}; it must be {wrong}")
 
 
-def times(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]}"
+def times(size: tuple[int, ...]) -> str:
+    return "×".join(map(str, size))

@@ -162,7 +162,7 @@ def sampling_times(config: DiffusionConfig, steps: int) -> list[float]:
 def sample(
     model: Callable[..., Tensor],
     config: DiffusionConfig,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
     y: Tensor | None = None,
     *,
     sampler: str = "auto",

@@ -145,7 +145,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
 
     # The data, which say what the network sees.
     pack = ranks.every(world, lambda: encoding.open_pack(config, world))
-    config = fit(config, pack.manifest.image_shape, pack.manifest.num_classes)
+    config = fit(config, *pack.manifest.fits)
     ranks.every(world, lambda: require_memory(config, world, pack.manifest.count))
     stop = ranks.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
 

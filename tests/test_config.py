@@ -161,7 +161,7 @@ def test_bad_values_of_derived_settings_are_refused_by_name(groups, said):
     [
         (("train", "lr"), "fast", "lr"),
         (("train", "extra"), 1, "unknown setting 'extra'"),
-        (("model", "input_size"), [32], "expected 2 values"),
+        (("data", "image_size"), [32], "expected 2 values"),
         (("model", "depth"), 6.5, "depth"),
         (("model", "depth"), True, "depth"),
         (("diffusion", "kind"), "magic", "valid are 'ddpm', 'flow'"),

@@ -62,6 +62,11 @@ class Manifest:
         return (self.shape[1] // 2, *self.shape[2:]) if self.vae else tuple(self.shape)
 
     @property
+    def fits(self) -> tuple[tuple[int, ...], int, int, str]:
+        """What `config.fit` wants to know."""
+        return self.image_shape, self.num_classes, self.condition, self.normaliser["kind"] if self.normaliser else ""
+
+    @property
     def row_bytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 

@@ -134,6 +134,8 @@ def _build(cls: Any, data: Any, where: str) -> Any:
         return data
     if origin is tuple:
         kinds = typing.get_args(cls)
+        if kinds[1:] == (...,):
+            kinds = kinds[:1] * (len(data) if isinstance(data, list) and 0 < len(data) <= 3 else 1)
         if not isinstance(data, list) or len(data) != len(kinds):
             raise UserError(f"{where} is {plain(repr(data), 60)}; expected {len(kinds)} values")
         return tuple(_build(kind, x, where) for kind, x in zip(kinds, data, strict=True))
@@ -165,7 +167,8 @@ NOT_FREE: tuple[str, ...] = ("parallel.precision",)
 DELIBERATE: tuple[str, ...] = ("train.images", "train.lr", "train.lr_decay", "train.warmup_images", "train.weight_decay")
 DELIBERATE += ("train.ema", "train.spike_sigma", "data.path", "data.vae")
 # Settings that follow from the data. The checkpoint knows which data those were.
-FROM_DATA = ("model.input_size", "model.channels", "model.num_classes")
+FROM_DATA: tuple[str, ...] = ("model.input_size", "model.channels", "model.num_classes", "model.condition")
+FROM_DATA += ("data.kind", "data.normaliser", "diffusion.clip_x0")
 
 
 def open_run(config: Config, on_purpose: bool, adopt: Callable[[Config, Path], Config]) -> tuple[Config, Path, list[str]]:
