@@ -27,6 +27,8 @@ FREQUENCIES = 256  # sinusoids that embed the timestep
 
 
 class Attention(nn.Module):
+    """qkv → attention → proj, without proj's bias: the gated residual that follows adds it."""
+
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         D, self.num_heads = config.width, config.num_heads
@@ -41,12 +43,12 @@ class Attention(nn.Module):
         qkv = self.qkv(m).view(B, T, 3, self.num_heads, -1)  # [B, T, 3, H, K]
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.unbind(2)
-            return self.proj(self.attention((self.q_norm(q), self.k_norm(k), v)))
-        return self.proj(self.attention(qkv))
+            return F.linear(self.attention((self.q_norm(q), self.k_norm(k), v)), self.proj.weight)
+        return F.linear(self.attention(qkv), self.proj.weight)
 
 
 class DepthwiseMLP(nn.Module):
-    """fc1 → GELU → depthwise convolution on the token grid → fc2. fc1's bias is added inside the fused op."""
+    """fc1 → GELU → depthwise convolution on the token grid → fc2. fc1's bias is added inside the fused op, fc2's after it."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
@@ -60,11 +62,12 @@ class DepthwiseMLP(nn.Module):
     def forward(self, m: Tensor) -> Tensor:
         assert self.conv.bias is not None
         h = F.linear(m, self.fc1.weight)  # [B, T, F]
-        return self.fc2(self.gelu_dwconv(h, self.fc1.bias, self.conv.weight, self.conv.bias, *self.grid))
+        z = self.gelu_dwconv(h, self.fc1.bias, self.conv.weight, self.conv.bias, *self.grid)
+        return F.linear(z, self.fc2.weight)
 
 
 class MLP(nn.Module):
-    """fc1 → GELU → fc2, as in the DiT paper."""
+    """fc1 → GELU → fc2, as in the DiT paper. fc2's bias is added after it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -73,7 +76,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(F_, D)
 
     def forward(self, m: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(m), approximate="tanh"))
+        return F.linear(F.gelu(self.fc1(m), approximate="tanh"), self.fc2.weight)
 
 
 class Block(nn.Module):
@@ -103,10 +106,11 @@ class Block(nn.Module):
     def _run(self, x: Tensor, m: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
         gate_msa, shift_mlp, scale_mlp, gate_mlp, shift_next, scale_next = modulation.unbind(1)
         dtype = modulation.dtype  # what attention and MLP compute in; x may be kept wider; where it is not, no `to` copies
+        # The last matrices' biases go to the op that adds y: its backward holds the sum that is their gradient.
         y = self.attn(m.to(dtype)).to(x.dtype)
-        x, m = self.ops.gate_residual_ln_modulate(x, y, gate_msa, shift_mlp, scale_mlp)
+        x, m = self.ops.gate_residual_ln_modulate(x, y, gate_msa, shift_mlp, scale_mlp, self.attn.proj.bias)
         y = self.mlp(m.to(dtype)).to(x.dtype)
-        return self.ops.gate_residual_ln_modulate(x, y, gate_mlp, shift_next, scale_next)
+        return self.ops.gate_residual_ln_modulate(x, y, gate_mlp, shift_next, scale_next, self.mlp.fc2.bias)
 
 
 class FinalLayer(nn.Module):

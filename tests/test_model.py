@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from fastdit_kernels.attention import sdpa
+from fastdit_kernels.cpu import CPU
 from fastdit_kernels.reference import REFERENCE
 from torch.nn import functional as F
 
@@ -230,7 +231,7 @@ def test_gelu_of_the_plain_mlp_is_the_tanh_form():
     model = random_model(config)
     h = torch.randn(2, 24, 48)
     mlp = model.blocks[0].mlp
-    assert torch.equal(mlp(h), mlp.fc2(F.gelu(mlp.fc1(h), approximate="tanh")))
+    assert torch.equal(mlp(h), F.linear(F.gelu(mlp.fc1(h), approximate="tanh"), mlp.fc2.weight))  # its bias comes after it
 
 
 # Whether it trains, and the batch.
@@ -238,8 +239,12 @@ SIZES_MET = [(1, 2), (0, 3), (0, 5), (1, 2), (0, 5), (0, 7), (0, 8), (1, 6), (1,
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at that of each tensor it is given
-def test_a_compiled_run_survives_grids_and_batches_of_any_size():
+@pytest.mark.parametrize("name", ["REFERENCE", "CPU", "TRITON"])
+def test_a_compiled_run_survives_grids_and_batches_of_any_size(name, device):
     """A graph for the first size of a grad mode and one for all others, whatever the block."""
+    from fastdit_kernels.triton_ops import TRITON  # here: after the interpreter has been chosen, where there is no GPU
+
+    ops = {"REFERENCE": REFERENCE, "CPU": CPU, "TRITON": TRITON}[name]
     graphs = []
 
     def backend(graph, inputs):
@@ -248,13 +253,14 @@ def test_a_compiled_run_survives_grids_and_batches_of_any_size():
 
     config = ModelConfig(input_size=(4, 4), channels=3, num_classes=5, patch=2, depth=3, width=16, num_heads=2)
     torch._dynamo.reset()
-    model = DiT(config, REFERENCE._replace(attention=sdpa))
+    model = DiT(config, ops._replace(attention=sdpa)).to(device)
     model.init_weights(0)
     for block in model.blocks:
         block.compile(fullgraph=True, backend=backend)
     for training, batch in SIZES_MET:
         with nullcontext() if training else torch.inference_mode():
-            out = model(torch.zeros(batch, 3, 4, 4), torch.zeros(batch), torch.zeros(batch, dtype=torch.int64))
+            given = torch.zeros(batch, 3, 4, 4), torch.zeros(batch), torch.zeros(batch, dtype=torch.int64)
+            out = model(*(t.to(device) for t in given))
         if training:
             out.sum().backward()
     torch._dynamo.reset()

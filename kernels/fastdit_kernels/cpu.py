@@ -36,8 +36,9 @@ CUBIC = LINEAR * 0.044715
 
 def _chunks(tensor: Tensor, size: int = 1) -> Iterator[slice]:
     """Slices of the tensor's rows, all of one length but the last, of size·CHUNK elements at most, or one row."""
-    # What is compiled keeps nothing between its operations, and has no use for chunks.
-    parts = 1 if torch.compiler.is_compiling() else math.ceil(tensor.numel() / (size * CHUNK))
+    if torch.compiler.is_compiling():  # it keeps nothing between its operations, and one graph is to serve any batch
+        return iter([slice(None)])
+    parts = math.ceil(tensor.numel() / (size * CHUNK))
     step = max(1, math.ceil(len(tensor) / max(1, parts)))
     return (slice(first, first + step) for first in range(0, len(tensor), step))
 
@@ -68,9 +69,9 @@ class _GateResidualLnModulate(torch.autograd.Function):
         if bias is None and gate.dtype == x.dtype:
             r = torch.addcmul(x, y, gate.unsqueeze(1))  # fp32 within, rounded once
         else:
-            r = torch.empty_like(x)
+            r, dtype = torch.empty_like(x), torch.promote_types(y.dtype, torch.float32)
             for i in _chunks(x, size=2):
-                update = wide(y[i]) if bias is None else wide(y[i]) + bias
+                update = wide(y[i]) if bias is None else y[i].to(dtype, copy=True).add_(bias)
                 r[i] = torch.addcmul(wide(x[i]), update, wide(gate[i]).unsqueeze(1))
         m, mean, rstd = _norm(r, shift, scale)
         ctx.save_for_backward(r, y, gate, shift, scale, bias, mean, rstd)
@@ -85,10 +86,13 @@ class _GateResidualLnModulate(torch.autograd.Function):
         for i in _chunks(r, size=2):
             total, dshift[i], dscale[i] = _norm_backward(wide(dm[i]), wide(r[i]), scale[i], mean[i], rstd[i])
             dx[i] = total.add_(dr[i])
-            dgate[i] = (total * (y[i] if bias is None else wide(y[i]) + bias)).sum(1)
+            of_gate = (total * y[i]).sum(1)
+            if dbias is not None:  # of y + bias, whose second term is the same for every row
+                rows = total.sum(1)
+                of_gate.addcmul_(rows, wide(bias))
+                dbias += (rows * gate[i]).sum(0)
+            dgate[i] = of_gate
             dy[i] = total.mul_(gate[i].unsqueeze(1))
-            if dbias is not None:
-                dbias += total.sum((0, 1))
         return dx, dy, dgate, dshift, dscale, None if dbias is None else dbias.to(bias.dtype)
 
 
