@@ -45,6 +45,7 @@ class RunConfig:
     name: str | None = None  # the run's folder under --run.folder; by default named after the recipe or the data
     folder: str = "runs"  # where run folders live
     fresh: bool = False  # start a new run, NAME-2, NAME-3, …, instead of resuming NAME
+    checkpoints: str | None = None  # keep checkpoints in NAME/ in this folder, of another disk; by default in the run folder
     seed: int = 0  # decides weights, data order, flips, noise and timesteps
 
 
@@ -108,7 +109,7 @@ class SampleConfig:
     sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler"] = "auto"  # auto: dpm++, or euler under flow
     steps: int = 20  # network evaluations per image
     guidance: float = 1.0  # classifier-free guidance scale; 1: off, one forward per step
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # guide only in this part of the process; outside, one forward
+    guidance_interval: Derived[tuple[float, float]] = (0.0, 1.0)  # guide only in this part of the process; outside, one forward
     num: Derived[int] = 64  # pictures in the grid
 
 

@@ -42,7 +42,8 @@ from fastdit.runtime.hardware import has_bf16, peak_tflops, precision
 from fastdit.runtime.lock import Lock
 from fastdit.runtime.profiler import Profiler
 from fastdit.runtime.ranks import World
-from fastdit.runtime.run import CONFIG, LOCK, load_config, open_run, record_changes, save_config
+from fastdit.runtime.resuming import open_run, record_changes
+from fastdit.runtime.run import CONFIG, LOCK, create_place, load_config, place, save_config
 from fastdit.runtime.trackers import require_wandb
 from fastdit.weights.folder import locate
 from fastdit.weights.start import adopt, start_from
@@ -150,13 +151,14 @@ def train(config: Config, on_purpose: bool = False) -> int:
     stop = ranks.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
 
     # The network, its optimizer and its loss.
-    model = build(config, world, start=ranks.once(world, lambda: saved.newest(folder) is None))
+    kept = place(folder, config)
+    model = build(config, world, start=ranks.once(world, lambda: saved.newest(kept) is None))
     optimizer = Optimizer(model, config.train, batch, kernel=on_kernels(config, world.device))
     objective = choose_objective(config, world.device)
 
     # Where the run stands.
-    checkpoints = Checkpoints(folder / "checkpoints", config.log.keep, timeout=timeout)
-    images_seen, window = resume(checkpoints, optimizer, pack, batch)
+    checkpoints = Checkpoints(kept, config.log.keep, timeout=timeout)
+    images_seen, window = resume(checkpoints, optimizer, pack, batch, folder)
 
     # What it reports.
     autoencoder = ranks.every(world, lambda: vae.of(config, world.device))
@@ -329,9 +331,10 @@ def start_run(config: Config, folder: Path, changed: list[str], images_seen: int
     folder.mkdir(parents=True, exist_ok=True)
     if lock.file is None:  # there was no run here a moment ago
         warn(lock.take())
-        if saved.newest(folder) is not None and images_seen == 0:
+        if saved.newest(place(folder, config)) is not None and images_seen == 0:
             raise UserError(f"another process began a run in {folder} meanwhile; the same command goes on with it")
     record_changes(folder, changed, images_seen)
+    create_place(folder, config)
     save_config(config, folder / CONFIG)
 
 
@@ -340,7 +343,9 @@ def warn(text: str) -> None:
         print(f"warning: {text}", flush=True)
 
 
-def resume(checkpoints: Checkpoints, optimizer: Optimizer, pack: encoding.Pack, batch: int) -> tuple[int, list[list[float]]]:
+def resume(
+    checkpoints: Checkpoints, optimizer: Optimizer, pack: encoding.Pack, batch: int, folder: Path
+) -> tuple[int, list[list[float]]]:
     """Load the newest good checkpoint into the optimizer's tensors, if there is one.
 
     Returns the images seen, and the meter's window of each rank that saved it.
@@ -359,7 +364,7 @@ def resume(checkpoints: Checkpoints, optimizer: Optimizer, pack: encoding.Pack, 
     if isinstance(trained_on, dict) and (different := changes(trained_on, identity(pack.manifest))):
         raise UserError(
             f"the data are not those the run was trained on ({'; '.join(different)}); restore them, or start a run on the "
-            f"new ones from these weights: --run.name NEW --train.init_from {checkpoints.folder.parent}"
+            f"new ones from these weights: --run.name NEW --train.init_from {folder}"
         )
     return images_seen, state.get("window", [])
 

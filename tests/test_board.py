@@ -18,7 +18,7 @@ from fastdit.config import UserError
 from fastdit.data import encoding
 from fastdit.quality import features
 from fastdit.runtime import ranks
-from fastdit.runtime.run import differences
+from fastdit.runtime.resuming import differences
 
 pytest.importorskip("matplotlib")
 

@@ -12,7 +12,8 @@ from fastdit import command
 from fastdit import config as C
 from fastdit.command import parse
 from fastdit.config import RECIPES, UserError
-from fastdit.runtime.run import differences, load_config, save_config
+from fastdit.runtime.resuming import differences
+from fastdit.runtime.run import load_config, save_config
 
 
 def cli(*args: str) -> C.Config:

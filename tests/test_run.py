@@ -12,7 +12,8 @@ from fastdit import config as C
 from fastdit import train
 from fastdit.command import parse_run
 from fastdit.config import Config, UserError
-from fastdit.runtime.run import differences, load_config, save_config
+from fastdit.runtime.resuming import differences
+from fastdit.runtime.run import load_config, save_config
 
 HERE = Path(__file__).parent
 OLD = HERE / "data" / "run-0.1"  # fastdit 0.1's: 48 of 96 images, and what it went on to lose

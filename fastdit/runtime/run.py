@@ -1,9 +1,11 @@
-"""A run's folder: its config.json, who may write in it, and what a resumed run may change.
+"""A run's folder: its config.json, and where its checkpoints are.
 
 runs/NAME/
     config.json       every setting of the run, as it stands
     changes.jsonl     what was changed when the run was resumed, and at how many images
     metrics.jsonl     samples/  checkpoints/  evaluations.jsonl
+
+With --run.checkpoints DIR, checkpoints/ is DIR/NAME/ instead. A file in it, `run`, holds the path of the run's folder.
 """
 
 import dataclasses
@@ -11,16 +13,16 @@ import json
 import stat
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from fastdit.config import Config, UserError, nearest, plain, replace, validate
-from fastdit.runtime.files import write_text
+from fastdit.config import Config, UserError, nearest, plain, validate
+from fastdit.runtime.files import read_file, write_text
 
 FORMAT = 2  # of config.json; 1 had no such line, and settings that are gone or derived today
 LIMIT = 1 << 20  # bytes of config.json; a real one has thousands
 CONFIG, CHANGES, LOCK = "config.json", "changes.jsonl", "lock"
+CHECKPOINTS, OWNER = "checkpoints", "run"
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -146,68 +148,60 @@ def _build(cls: Any, data: Any, where: str) -> Any:
     return data
 
 
-def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
-    """The settings in which two configs differ: ["train.lr: 0.0001 here, 0.001 there", …]."""
-    found: list[str] = []
-    for f in dataclasses.fields(ours):
-        a, b = getattr(ours, f.name), getattr(theirs, f.name)
-        if dataclasses.is_dataclass(a) and not isinstance(a, type):
-            found += differences(a, b, f"{prefix}{f.name}.")
-        elif a != b:
-            found.append(f"{prefix}{f.name}: {a} here, {b} there")
+# --- checkpoints on another disk ---
+
+
+def place(folder: Path, config: Config) -> Path:
+    """Where the run in a folder keeps its checkpoints, whether that is there or not."""
+    elsewhere = config.run.checkpoints
+    return folder / CHECKPOINTS if elsewhere is None else Path(elsewhere) / folder.absolute().name
+
+
+def checkpoints_of(folder: Path, config: Config) -> Path:
+    """The same, for whoever reads them. Raises UserError where the disk is gone, or what is there is not this run's."""
+    found = place(folder, config)
+    if found.is_symlink():
+        raise UserError(f"{found} is a symbolic link, which is not followed; --run.checkpoints keeps checkpoints elsewhere")
+    if config.run.checkpoints is None:
+        return found
+    if not found.is_dir():
+        way = f"mount its disk, or say where they were moved: train.py {folder} --run.checkpoints DIR"
+        raise UserError(f"the checkpoints of {folder} are in {found}, which is not there; {way}")
+    if not (found / OWNER).is_file():
+        raise UserError(f"{found} has no file {OWNER!r} that says whose checkpoints it holds; {folder} cannot use them")
+    refuse_others(folder, found)
     return found
 
 
-# Settings that a resumed run may change without a word: where and how it runs, not what it computes. The batch may be split
-# otherwise as long as its product with the ranks stays; `train.resume` checks that.
-FREE: tuple[str, ...] = ("run.name", "run.folder", "run.fresh", "log.", "parallel.", "sample.", "eval.", "kernels")
-FREE += ("attention", "profile", "data.packs", "data.max_bad", "train.batch", "train.grad_accum", "train.max_skips")
-NOT_FREE: tuple[str, ...] = ("parallel.precision",)
-# What one may change on purpose, by naming the run's folder and a flag. It is said, and kept in changes.jsonl.
-DELIBERATE: tuple[str, ...] = ("train.images", "train.lr", "train.lr_decay", "train.warmup_images", "train.weight_decay")
-DELIBERATE += ("train.ema", "train.spike_sigma", "data.path", "data.vae")
-# Settings that follow from the data. The checkpoint knows which data those were.
-FROM_DATA: tuple[str, ...] = ("model.input_size", "model.channels", "model.num_classes", "model.condition")
-FROM_DATA += ("data.kind", "data.normaliser", "diffusion.clip_x0")
+def run_of(checkpoints: Path) -> Path:
+    """The folder of the run that keeps its checkpoints in a folder. Raises UserError where there is none."""
+    run = checkpoints.parent
+    if (checkpoints / OWNER).is_file():
+        run = Path(read_file(checkpoints / OWNER, LIMIT).decode(errors="replace").strip())
+        if not (run / CONFIG).is_file() or place(run, load_config(run / CONFIG)).resolve() != checkpoints.resolve():
+            raise UserError(f"{checkpoints}: the run in {plain(run)} does not keep its checkpoints there; name the run itself")
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{checkpoints}: there is no config.json in {run} that says what model it holds")
+    return run
 
 
-def open_run(config: Config, on_purpose: bool, adopt: Callable[[Config, Path], Config]) -> tuple[Config, Path, list[str]]:
-    """The run's folder, new or made before by the same config; the config with its final name; what was changed on purpose.
-
-    adopt: completes a config by what the model that it starts from decides, given the path of the run's config.json.
-    on_purpose: the user named the run's folder, so whatever differs from its config was typed behind it. Changes nothing on
-    the disk. Rank 0 alone calls this. Raises UserError.
-    """
-    root = Path(config.run.folder)
-    assert config.run.name is not None
-    folder = root / config.run.name
-    number = 2
-    while config.run.fresh and folder.exists():
-        folder, number = root / f"{config.run.name}-{number}", number + 1
-    for path in (folder, *(sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else ())):
-        if path.is_symlink():
-            raise UserError(f"{path} is a symbolic link; a run folder and what is in it must be its own")
-    config = adopt(replace(config, run={"name": folder.name, "fresh": False}), folder / CONFIG)
+def create_place(folder: Path, config: Config) -> None:
+    """Make the folder of checkpoints that a new run keeps elsewhere, and say in it whose they are. Raises OSError."""
+    found, owner = place(folder, config), f"{folder.resolve()}\n"
+    if config.run.checkpoints is None:
+        return
     if not (folder / CONFIG).exists():
-        if folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
-            raise UserError(f"{folder} is not empty and holds no config.json; choose another --run.name")
-        return config, folder, []
-    before = load_config(folder / CONFIG)
-    free = (*FREE, *FROM_DATA) if before.train.lr_decay == "cosine" else (*FREE, *FROM_DATA, "train.images")
-    if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
-        free += ("train.init_from",)  # it was read before the first checkpoint
-    changed = [d for d in differences(config, before) if not d.startswith(free) or d.startswith(NOT_FREE)]
-    refused = [d for d in changed if not (on_purpose and d.startswith(DELIBERATE))]
-    if refused:
-        way = "start anew with --run.name or --run.fresh"
-        if all(d.startswith(DELIBERATE) for d in refused):
-            way += f", or change the run on purpose: train.py {folder} and the flag"
-        raise UserError(f"{folder} holds a run of another config ({'; '.join(refused)}); {way}")
-    return config, folder, changed
+        found.mkdir()  # whoever makes it has it
+    if not (found / OWNER).is_file() or (found / OWNER).read_text() != owner:
+        write_text(found / OWNER, owner)
 
 
-def record_changes(folder: Path, changed: list[str], images_seen: int) -> None:
-    """Keep what a resumed run was changed in on purpose."""
-    if changed:
-        with (folder / CHANGES).open("a") as file:
-            file.write(json.dumps({"images": images_seen, "changed": changed}) + "\n")
+def refuse_others(folder: Path, found: Path) -> None:
+    """Raise UserError where another run keeps its checkpoints in a folder. Its copy does not have them too."""
+    try:
+        owner = Path(read_file(found / OWNER, LIMIT).decode().strip())
+        config = load_config(owner / CONFIG)
+    except (OSError, ValueError):
+        return  # it was moved or deleted
+    if owner.resolve() != folder.resolve() and place(owner, config).resolve() == found.resolve():
+        raise UserError(f"the checkpoints in {found} belong to the run {plain(owner)}, not to {folder}")

@@ -1,6 +1,6 @@
 """A checkpoint's folder: what is in it, which there are, and what is wrong with one. Every byte is verified before it is used.
 
-    checkpoints/000000012800/           images seen
+    000000012800/                           images seen
         shards/00000-of-00002.safetensors   what rank 0 of 2 held: a shard of every tensor, in torch's DCP layout
         ema.safetensors                     the averaged weights, whole, for sampling
         checkpoint.json                     images seen, world size, sizes, and the caller's state
@@ -26,9 +26,8 @@ LIMIT = 16 << 20  # bytes of checkpoint.json; a real one has thousands
 FOLDER, LEFTOVER = re.compile(r"[0-9]{12}"), re.compile(r"[0-9]{12}(\.old)?\.tmp")
 
 
-def newest(run: Path) -> Path | None:
-    """The folder of a run's newest complete checkpoint; None where there is none. Its bytes are not verified."""
-    folder = run / "checkpoints"
+def newest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of those in a folder; None where there is none. Its bytes are not verified."""
     return max((folder / name for name in complete(folder)), default=None)
 
 

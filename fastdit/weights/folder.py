@@ -20,7 +20,7 @@ from fastdit.model import DiT, choose_ops
 from fastdit.runtime import saved
 from fastdit.runtime.hardware import compute_dtype
 from fastdit.runtime.ranks import World
-from fastdit.runtime.run import load_config, save_config
+from fastdit.runtime.run import checkpoints_of, load_config, run_of, save_config
 from fastdit.runtime.tensors import load_weights, save_weights
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -59,10 +59,11 @@ def locate(source: str | Path, **hub: Any) -> Located:
             raise UserError(
                 f"{path} holds a pipeline: open it with FastDiTPipeline.from_pretrained, or bring it in with convert.py"
             )
-        newest = saved.newest(path)
+        config = load_config(path / CONFIG)
+        newest = saved.newest(checkpoints_of(path, config))
         if newest is None:
             raise UserError(f"{path} holds no checkpoint yet")
-        return Located(newest / saved.WEIGHTS, load_config(path / CONFIG), path, int(newest.name))
+        return Located(newest / saved.WEIGHTS, config, path, int(newest.name))
     repo_id, _, revision = str(source).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or Path(repo_id).parent.is_dir():
         raise UserError(f"{path} does not exist; name a run folder, an exported folder, a safetensors file or a hub id")
@@ -71,12 +72,9 @@ def locate(source: str | Path, **hub: Any) -> Located:
 
 
 def _checkpoint(folder: Path) -> Located:
-    run = folder.parents[1]
-    if not (run / CONFIG).is_file():
-        raise UserError(f"{folder}: there is no config.json in {run} that says what model it holds")
-    return Located(
-        folder / saved.WEIGHTS, load_config(run / CONFIG), run, int(folder.name) if folder.name.isdecimal() else None
-    )
+    run = run_of(folder.parent)
+    config = load_config(run / CONFIG)
+    return Located(folder / saved.WEIGHTS, config, run, int(folder.name) if folder.name.isdecimal() else None)
 
 
 def load(source: str | Path, device: torch.device | str | None = None, *, precision: str = "auto", **hub: Any) -> DiT:
@@ -164,7 +162,7 @@ def save_folder(folder: Path, tensors: dict[str, Tensor], run: Config, metadata:
     """Write weights, on the CPU, and the config that says what they are. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(run, folder / CONFIG)
+        save_config(configs.replace(run, run={"checkpoints": None}), folder / CONFIG)
     except OSError as error:
         raise UserError(f"{folder} was not written: {error.strerror or error}") from None
     save_weights(folder / WEIGHTS, tensors, metadata)
