@@ -5,8 +5,8 @@ import torch
 from fastdit_kernels import reference
 from fastdit_kernels.adamw_ema import adamw_ema, traffic
 
-from fastdit.config import dit
 from fastdit.model import named_shapes
+from fastdit.recipes import dit
 
 SETTINGS = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight": 1e-4}
 FUSED, LOOP, COMPILED = "PyTorch, fused", "PyTorch, one by one", "PyTorch, one by one, torch.compile"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdit.config import RECIPES, SIZES, dit
 from fastdit.model import Block, choose_ops
+from fastdit.recipes import RECIPES, SIZES, dit
 
 SEED = "the seed's way"
 COMPILED = ", torch.compile"

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from fastdit.config import RECIPES
 from fastdit.diffusion import choose_objective, draw
 from fastdit.model import DiT, choose_ops
 from fastdit.optim import Optimizer
+from fastdit.recipes import RECIPES
 from fastdit.train import update
 
 ROOT = Path(__file__).parent.parent

@@ -9,9 +9,10 @@ import torch
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor, nn
 
-from fastdit.config import TrainConfig, dit
+from fastdit.config import TrainConfig
 from fastdit.model import DiT
 from fastdit.optim import Optimizer
+from fastdit.recipes import dit
 
 CONFIG = TrainConfig(batch=1)
 

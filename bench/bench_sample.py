@@ -9,8 +9,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from fastdit import sampling
-from fastdit.config import RECIPES, dit, replace
-from fastdit.model import DiT, choose_ops, macs_per_image
+from fastdit.config import replace
+from fastdit.model import DiT, choose_ops
+from fastdit.planning.flops import macs_per_image
+from fastdit.recipes import RECIPES, dit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),

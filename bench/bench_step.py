@@ -10,12 +10,14 @@ import dataclasses
 import pytest
 import torch
 
-from fastdit import train
-from fastdit.config import RECIPES, SIZES, dit, replace
+from fastdit.config import replace
 from fastdit.diffusion import choose_objective, schedule
-from fastdit.model import on_kernels, train_flops_per_image
+from fastdit.model import on_kernels
 from fastdit.optim import Optimizer
+from fastdit.planning.flops import train_flops_per_image
+from fastdit.recipes import RECIPES, SIZES, dit
 from fastdit.runtime.hardware import peak_tflops
+from fastdit.weights import start
 
 pytestmark = [
     # PyTorch says of padding="same" with an even kernel that it copies the padded input: that is the seed's way.
@@ -56,7 +58,7 @@ def training(name: str, size: str, batch: int, world, baselines, dtype: torch.dt
     compile = "on" if name.endswith(COMPILED) else "off"
     config = replace(CONFIG, model=vars(model_config(name, size, depth)), train={"batch": batch}, parallel={"compile": compile})
     config = dataclasses.replace(config, **options)
-    model = train.build(config, world)
+    model = start.build(config, world)
     optimizer = Optimizer(model, config.train, batch, kernel=on_kernels(config, world.device))
     objective = choose_objective(config, world.device)
     seen = [0]

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from fastdit import config as configs
 from fastdit import sampling, train
-from fastdit.config import RECIPES, Config, DiffusionConfig, ModelConfig, TrainConfig
+from fastdit.config import Config, DiffusionConfig, ModelConfig, TrainConfig
 from fastdit.data import encoding
 from fastdit.diffusion import choose_objective
 from fastdit.model import on_kernels
 from fastdit.optim import Optimizer
 from fastdit.quality import evaluation
+from fastdit.recipes import RECIPES
 from fastdit.runtime.hardware import DTYPES, precision
 from fastdit.runtime.ranks import World
+from fastdit.weights import start
 
 BATCH = 64  # pictures sampled at once
 
@@ -77,7 +79,7 @@ class Ours:
 
     def __init__(self, row: Row, world: World, pack: encoding.Pack, seconds: float):
         self.row, self.config, self.world, self.pack, self.seconds = row, row.config, world, pack, seconds
-        self.model = train.build(self.config, world)
+        self.model = start.build(self.config, world)
         kernel = on_kernels(self.config, world.device)
         self.optimizer = Optimizer(self.model, self.config.train, self.config.train.batch, kernel=kernel)
         self.objective = choose_objective(self.config, world.device)

@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 
 import tyro
 
-from fastdit.config import RECIPES, Config, RankError, UserError, derive, nearest, plain, replace, validate
+from fastdit.config import Config, RankError, UserError, nearest, plain, replace
+from fastdit.recipes import RECIPES, derive
 from fastdit.runtime import process
 from fastdit.runtime.run import CONFIG, load_config
+from fastdit.runtime.validation import validate
 
 T = TypeVar("T")
 

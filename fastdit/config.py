@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, the recipes, and what must hold. The trailing comments are the help.
+"""What a run is: frozen dataclasses. The trailing comments are the help.
 
 A setting that follows from the data or from another setting is `Derived`: `derive` fills it in, config.json records it, and no
 command line takes it. Tests and weights from elsewhere set such fields in Python.
@@ -6,8 +6,6 @@ command line takes it. Tests and weights from elsewhere set such fields in Pytho
 
 import dataclasses
 import difflib
-import math
-import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,17 +104,17 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler"] = "auto"  # auto: dpm++, or euler under flow
     steps: int = 20  # network evaluations per image
     guidance: float = 1.0  # classifier-free guidance scale; 1: off, one forward per step
-    guidance_interval: Derived[tuple[float, float]] = (0.0, 1.0)  # guide only in this part of the process; outside, one forward
+    sampler: Derived[Literal["auto", "ddpm", "ddim", "dpm++", "euler"]] = "auto"  # auto: dpm++, or euler under flow
+    guidance_interval: Derived[tuple[float, float]] = (0.0, 1.0)  # guide only in this part of the process
     num: Derived[int] = 64  # pictures in the grid
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     every_images: int | None = None  # images between evaluations during training; by default none
-    reference: str | None = None  # folder to compare with; by default held-out cats, or the training images
+    reference: Derived[str | None] = None  # folder to compare with; None: held-out cats, or the training images
     num: Derived[int] = 500  # pictures made for each, and real images they are compared with
 
 
@@ -176,236 +174,9 @@ class Config:
     profile: int = 0  # early steps to trace; the trace, and a table of where the time went, go to profile/ in the run folder
 
 
-# The DiT paper's sizes (arXiv 2212.09748, table 1): depth, width, heads.
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-
-
-def dit(size: str, patch: int, **fields: Any) -> ModelConfig:
-    """A model of the paper's sizes, S, B, L or XL, e.g. dit("XL", 2, num_classes=1000) for DiT-XL/2."""
-    depth, width, num_heads = SIZES[size]
-    return ModelConfig(depth=depth, width=width, num_heads=num_heads, patch=patch, **fields)
-
-
-RECIPES = {
-    # Drawn cats composed from layers that a dependency ships: no GPU and no download, cats within minutes on two CPU cores.
-    # After so few images a network that predicts x0 makes cats where one that predicts noise still makes noise. All cats look
-    # one way, so they are not flipped.
-    "cats": Config(
-        data=DataConfig(hflip=False),
-        model=ModelConfig(patch=4, depth=6, width=256, num_heads=4),
-        diffusion=DiffusionConfig("flow", "x0", flow_t="logit_normal"),
-        train=TrainConfig(images=36_000, batch=32, lr=2e-3, lr_decay="cosine", warmup_images=3_000),
-    ),
-    # The paper recipe of this repository: huggan/cats at 256 pixels, DiT-B/2 on SD latents, 8 GPUs. Squashed, as there.
-    "cats-256": Config(
-        data=DataConfig("huggan/cats", image_size=(256, 256), crop="none", vae="stabilityai/sd-vae-ft-mse"),
-        model=dit("B", 2, input_size=(32, 32), channels=4, num_classes=0),
-        diffusion=DiffusionConfig(clip_x0=False),
-        train=TrainConfig(images=10_000_000, batch=32, lr=1e-4, weight_decay=1e-2),
-    ),
-    # DiT-XL/2 on ImageNet at 256 pixels, by the DiT paper's settings: global batch 256, 400k steps, plain MLP, learned sigma.
-    # DiT's own train.py differs: its position embedding is fixed, it does not clip gradients, and its EMA does not warm up.
-    "imagenet-256-xl": Config(
-        data=DataConfig("ILSVRC/imagenet-1k", image_size=(256, 256), vae="stabilityai/sd-vae-ft-ema"),
-        model=dit("XL", 2, channels=4, num_classes=1000, conv_kernel=0, class_dropout=0.1, learn_sigma=True),
-        diffusion=DiffusionConfig(beta_schedule="linear", clip_x0=False),
-        train=TrainConfig(images=102_400_000, batch=32, lr=1e-4, weight_decay=0.0),
-    ),
-}
-
-
 def replace(config: Config, **groups: dict[str, Any]) -> Config:
     """A copy with fields of groups changed: replace(config, train={"batch": 8}, run={"name": "short"})."""
     return dataclasses.replace(config, **{g: dataclasses.replace(getattr(config, g), **f) for g, f in groups.items()})
-
-
-def derive(config: Config, before: Config) -> Config:
-    """Fill in what follows from other settings, before any data is seen; `fit` corrects it once they are encoded.
-
-    before: the recipe or the run that the settings were laid over.
-    """
-    d, m = config.data, config.model
-    factor, channels = (8, 4) if d.vae else (1, 3)  # of the Stable Diffusion autoencoders
-    if not d.label_column:
-        classes = 0
-    elif d.source == "folder":
-        folder = Path(d.path or "").expanduser()
-        classes = sum(entry.is_dir() for entry in folder.iterdir()) if folder.is_dir() else 0
-    else:
-        classes = m.num_classes
-    kind = d.kind if d.path == before.data.path else "images"  # of another path, `fit` will say
-    heads = {width: num_heads for _, width, num_heads in SIZES.values()} | {before.model.width: before.model.num_heads}
-    most = max(1, m.width // 64)
-    recipe = next((name for name, r in RECIPES.items() if r.data.path == d.path), None)
-    pictures = {
-        "input_size": (max(1, d.image_size[0] // factor), max(1, d.image_size[1] // factor)),
-        "channels": channels,
-        "num_classes": classes,
-        "condition": 0,
-    }
-    return replace(
-        config,
-        run={"name": config.run.name or recipe or run_name(d.path or "")},
-        data={"kind": kind},
-        model={
-            **(pictures if kind == "images" else {}),
-            "num_heads": heads.get(m.width) or next((h for h in range(most, 1, -1) if m.width % h == 0), 1),
-        },
-        diffusion=({"clip_x0": d.vae is None} if kind == "images" else {})
-        | ({"flow_t": "logit_normal"} if _newly_flow_x0(config, before) else {}),
-    )
-
-
-def _newly_flow_x0(config: Config, before: Config) -> bool:
-    """Whether the settings made a flow that predicts x0 of something else; it trains on logit-normal times."""
-    now, then = config.diffusion, before.diffusion
-    return (now.kind, now.prediction) == ("flow", "x0") != (then.kind, then.prediction)
-
-
-def fit(config: Config, shape: tuple[int, ...], num_classes: int, condition: int = 0, normaliser: str = "") -> Config:
-    """The config with the model's input as the encoded data have it: (channels, rows, columns); num_classes 0: no labels.
-
-    Of arrays: (channels, …) of a grid of one to three dimensions, the width of their condition, and what normalised them.
-    """
-    classes = num_classes if config.data.label_column else 0
-    network = {"channels": shape[0], "input_size": tuple(shape[1:]), "num_classes": classes, "condition": condition}
-    fitted = replace(config, model=network, data={"kind": "arrays" if normaliser else "images"})
-    if normaliser:
-        # Arrays normalised to mean 0 and deviation 1 go beyond ±1, those normalised to their least and most do not.
-        fitted = replace(fitted, data={"normaliser": normaliser}, diffusion={"clip_x0": normaliser == "min_max"})
-    validate(fitted)
-    return fitted
-
-
-def run_name(path: str) -> str:
-    """What a run on these data is called: the last part of the path or name, in letters that a folder's name may have."""
-    local = Path(path).expanduser()
-    last = local.resolve().name if local.exists() else re.split("[:@]", path)[0].rpartition("/")[2]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".parquet"))[:100].strip("-._") or "run"
-
-
-# --- what must hold, before anything touches the disk or the network ---
-
-
-def validate(config: Config, encoded: bool = True) -> None:
-    """Raise UserError, one line naming the field and what would be valid, for any value that cannot work.
-
-    encoded: whether the data are encoded already, so that the size of a VAE's latents is known and not guessed.
-    """
-    _validate_numbers(config)
-    _validate_model(config)
-    m = config.model
-    if (encoded or not config.data.vae) and any(side % m.patch for side in m.input_size):
-        raise UserError(f"--model.patch {m.patch} does not divide the network's input of {times(m.input_size)}")
-    _validate_diffusion(config.diffusion)
-    _validate_data(config)
-    _validate_sampling(config)
-    name = config.run.name or "x"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise UserError(f"--run.name {name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit")
-    if not 0 <= config.profile <= MOST:
-        raise UserError(f"--profile is {config.profile}; it must be a number of steps, or 0 for none")
-
-
-def _validate_model(config: Config) -> None:
-    m = config.model
-    if m.width % m.num_heads:
-        raise UserError(f"{m.num_heads} attention heads do not divide --model.width {m.width}")
-    if m.width % 4:
-        raise UserError(f"--model.width {m.width} is not a multiple of 4, which the position embedding needs")
-    if m.conv_kernel not in (0, 3, 4, 5):
-        raise UserError(f"--model.conv_kernel is {m.conv_kernel}; valid are 3, 4, 5, and 0 for a plain MLP")
-    if m.class_dropout and not m.num_classes:
-        raise UserError("--model.class_dropout needs classes, and the data have none")
-    if config.diffusion.kind == "flow" and m.learn_sigma:
-        raise UserError("learned sigma is a DDPM option; flow has no variance to learn")
-    diffusion = config.diffusion
-    if diffusion.model_guidance and not m.class_dropout:
-        raise UserError(f"--diffusion.model_guidance {diffusion.model_guidance:g} needs a --model.class_dropout above 0")
-
-
-def _validate_diffusion(d: DiffusionConfig) -> None:
-    *fitting, last = ("velocity", "x0") if d.kind == "flow" else ("epsilon", "v", "x0")
-    if d.prediction not in (*fitting, last):
-        said = f"--diffusion.prediction {d.prediction} does not go with --diffusion.kind {d.kind}"
-        raise UserError(f"{said}; use {', '.join(fitting)} or {last}")
-    if d.timesteps > MOST_TIMESTEPS:
-        raise UserError(f"--diffusion.timesteps is {d.timesteps}; it must be at most {MOST_TIMESTEPS}")
-    mean, deviation = d.flow_t_logit
-    if not math.isfinite(mean) or not 0 < deviation < math.inf:
-        raise UserError(f"logit(t) ~ N({mean:g}, {deviation:g}): the mean must be finite, the deviation positive")
-
-
-def _validate_data(config: Config) -> None:
-    m, d = config.model, config.data
-    if d.kind == "arrays":
-        if d.vae:
-            raise UserError(f"--data.vae {plain(d.vae)}: an autoencoder is for pictures, and the data are arrays")
-        return
-    if d.source == "cats" and d.image_size not in ((32, 32), (64, 64)):
-        raise UserError(f"--data.image_size {times(d.image_size)}: the embedded cats come at 32×32 or 64×64")
-    if not d.vae and m.channels not in (1, 3):
-        raise UserError(f"the model has {m.channels} channels; pixels have 3, or 1 if all are grey")
-    if not d.vae and m.input_size != d.image_size:
-        raise UserError(f"the model's input of {times(m.input_size)} is not --data.image_size {times(d.image_size)}")
-
-
-def _validate_sampling(config: Config) -> None:
-    s, diffusion = config.sample, config.diffusion
-    if s.steps > diffusion.timesteps:
-        raise UserError(f"--sample.steps {s.steps} is more than the {diffusion.timesteps} timesteps of the process")
-    if s.guidance != 1 and not config.model.class_dropout:
-        raise UserError(f"--sample.guidance {s.guidance:g} needs a --model.class_dropout above 0")
-    low, high = s.guidance_interval
-    if not 0 <= low < high <= 1:
-        raise UserError(f"--sample.guidance_interval {low:g} {high:g}: 0 ≤ low < high ≤ 1")
-    flow = diffusion.kind == "flow"
-    if s.sampler != "auto" and (s.sampler == "euler") != flow:
-        fitting = "euler" if flow else "ddpm, ddim or dpm++"
-        raise UserError(f"--sample.sampler {s.sampler} does not sample --diffusion.kind {diffusion.kind}; use {fitting}")
-    if config.eval.num < 16:
-        raise UserError(f"an evaluation of {config.eval.num} pictures; the metric needs at least 16")
-
-
-POSITIVE = {
-    "train": ("images", "batch", "grad_accum", "lr", "max_skips"),
-    "model": ("channels", "patch", "depth", "width", "num_heads", "mlp_ratio", "input_size"),
-    "data": ("image_size", "num_images"),
-    "diffusion": ("timesteps", "flow_clamp"),
-    "sample": ("steps", "num"),
-    "eval": ("every_images",),
-    "parallel": ("timeout_minutes", "shard", "threads"),
-    "log": ("keep", "sample_every", "save_every", "print_every"),
-}
-BELOW_ONE = {"train": ("ema", "beta2"), "model": ("class_dropout",), "diffusion": ("model_guidance",)}
-MOST = 2**31 - 1  # of a whole number; more overflows somewhere below
-MOST_TIMESTEPS = 10**6  # diffusers makes the schedules in a loop
-MOST_IMAGES = 10**12 - 1  # a checkpoint's name has twelve digits
-
-
-def _validate_numbers(config: Config) -> None:
-    """Numbers are finite, not huge and not negative (the seed may be anything), some are positive, some below 1."""
-    for group in dataclasses.fields(config):
-        settings = getattr(config, group.name)
-        for f in dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ():
-            value = getattr(settings, f.name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if not isinstance(number, int | float) or f.name in ("seed", "flow_t_logit"):
-                    continue
-                most = MOST_IMAGES if f.name == "images" else MOST
-                if not 0 <= number < float("inf"):
-                    wrong = "finite and not negative"
-                elif number == 0 and f.name in POSITIVE.get(group.name, ()):
-                    wrong = "positive"
-                elif number >= 1 and f.name in BELOW_ONE.get(group.name, ()):
-                    wrong = "below 1"
-                elif number > 1 and f.name == "max_bad":
-                    wrong = "a share, 0 to 1"
-                elif isinstance(number, int) and number > most:
-                    wrong = f"at most {most}"
-                else:
-                    continue
-                raise UserError(f"--{group.name}.{f.name} is {number:g}; it must be {wrong}")
 
 
 def times(size: tuple[int, ...]) -> str:

@@ -31,6 +31,7 @@ from fastdit.quality import charts, evaluation, history
 from fastdit.runtime.files import read_sums, verify, write_sums
 from fastdit.runtime.saved import ABOUT, FILES, SHARDS, WEIGHTS
 from fastdit.runtime.tensors import contents, load_weights
+from fastdit.runtime.validation import validate
 from fastdit.weights import folder
 from fastdit.weights.card import Trained, write_card
 from fastdit.weights.foreign import sinusoids
@@ -61,7 +62,7 @@ def export(options: Options) -> Path:
     trained = find(options.source, options.weights)
     if options.vae:
         trained = trained._replace(config=configs.replace(trained.config, data={"vae": options.vae}))
-        configs.validate(trained.config)
+        validate(trained.config)
     if options.license and not re.fullmatch(r"[A-Za-z0-9.+-]{1,60}", options.license):
         raise UserError(f"--license is {options.license!r}; give the hub's name for it: mit, apache-2.0, cc-by-4.0 …")
     if options.format == "release" and trained.images_seen is None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
 from torch import Tensor
@@ -227,48 +226,6 @@ class Meter:
         self.trackers.scalars(line["images"], scalars)
 
 
-def summary(
-    *,
-    recipe: str,
-    folder: Path,
-    devices: str,
-    parameters: int,
-    flops_per_image: float,
-    batch: int,
-    world: int,
-    grad_accum: int,
-    total_images: int,
-    dataset: str,
-    kernels: str,
-    attention: str,
-    precision: str,
-    peak: float | None,
-    resumed_images: int = 0,
-    console: Console | None = None,
-) -> None:
-    """Print what is about to run, for rank 0 to call once: a panel, or plain lines where the output is no terminal.
-
-    batch counts images per rank and micro-step; flops_per_image is a training step's; peak as peak_tflops() gives it.
-    """
-    global_batch = batch * world * grad_accum
-    facts = {
-        "run": f"{recipe} in {folder}" + (f", resumed at {resumed_images:,} images" if resumed_images else ""),
-        "device": devices,
-        "data": dataset,
-        "model": f"{_count(parameters)} parameters, {flops_per_image / 1e9:.4g} GFLOP per training image",
-        "batch": f"{batch} per rank × {_plural(world, 'rank')} × {_plural(grad_accum, 'micro-step')} = {global_batch:,} images",
-        "length": f"{total_images:,} images = {_plural(-(-total_images // global_batch), 'step')}",
-        "numbers": f"{precision}, {kernels} kernels, {attention} attention",
-        "MFU": f"of {peak:g} TFLOP/s per device" if peak else "not shown: unknown peak; --log.peak_tflops gives it",
-    }
-    text = "\n".join(f"{name:<8}{value}" for name, value in facts.items())
-    console = console or Console()
-    if console.is_terminal:
-        console.print(Panel(escape(text), title="fastdit", title_align="left", expand=False), highlight=False)
-    else:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 def _figures(line: Mapping[str, Any], total_images: int, eta: float) -> str:
     """The line of metrics.jsonl as a person reads it; what is not known is left out."""
     figures = [f"{line['images']:,}/{total_images:,} images"]
@@ -288,7 +245,7 @@ def _figures(line: Mapping[str, Any], total_images: int, eta: float) -> str:
     if line["data_wait_share"] >= 0.005:
         figures.append(f"data wait {line['data_wait_share']:.0%}")
     if line["skipped"]:
-        figures.append(f"{_plural(line['skipped'], 'step')} skipped")
+        figures.append(f"{plural(line['skipped'], 'step')} skipped")
     return "  ".join([*figures, f"ETA {_duration(eta)}"])
 
 
@@ -302,11 +259,11 @@ def _number(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def _count(number: float) -> str:
+def count(number: float) -> str:
     return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M" if number >= 1e6 else f"{number:,}"
 
 
-def _plural(count: int, what: str) -> str:
+def plural(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 

@@ -6,7 +6,6 @@ Every op a kernel can replace comes in through `Ops`; the module tree and its pa
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NoReturn
 
 import torch
@@ -19,11 +18,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastdit.config import Config, ModelConfig, UserError
+from fastdit.embeddings import num_frequencies, patchify, position_embedding, timestep_embedding, unpatchify
 from fastdit.runtime.hardware import compute_dtype
 from fastdit.runtime.rng import generator
 from fastdit.runtime.sharding import fill
-
-FREQUENCIES = 256  # sinusoids that embed the timestep
 
 
 class Attention(nn.Module):
@@ -240,73 +238,6 @@ def on_kernels(config: Config, device: torch.device) -> bool:
 
 def out_channels(config: ModelConfig) -> int:
     return 2 * config.channels if config.learn_sigma else config.channels
-
-
-def patchify(x: Tensor, patch: int) -> Tensor:
-    """[B, C, rows, columns] → [B, T, C·patch²], in the order a convolution's weight flattens to."""
-    return F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
-
-
-def unpatchify(tokens: Tensor, config: ModelConfig) -> Tensor:
-    """[B, T, patch²·C] → [B, C, rows, columns]; within a token the order is (row, column, channel), as in the DiT paper."""
-    B, p = len(tokens), config.patch
-    rows, columns = (side // p for side in config.input_size)
-    x = tokens.view(B, rows, columns, p, p, -1).permute(0, 5, 1, 3, 2, 4)  # [B, C, rows, p, columns, p]
-    return x.reshape(B, -1, rows * p, columns * p)
-
-
-def num_frequencies(config: ModelConfig) -> int:
-    """Sinusoids that embed the timestep: 256, but as many as the width in the seed repository's models."""
-    return config.width if config.time_embedding == "seed" else FREQUENCIES
-
-
-def timestep_embedding(t: Tensor, size: int, endpoint: bool = False) -> Tensor:
-    """cos and sin of t [B] at `size`/2 frequencies from 1 to 1/10,000, in fp32: [B, size] (GLIDE; DiT, §3.2).
-
-    endpoint: whether 1/10,000 is the last frequency, as in diffusers' DiT, or would be the next, as in the paper's code.
-    """
-    t = t if t.dtype == torch.float64 else t.float()
-    angles = t[:, None] * frequencies(size // 2, endpoint, t.dtype, t.device)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)  # whoever asks first
-def frequencies(count: int, endpoint: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The frequencies of `timestep_embedding`, [count]: a table made once, which no step computes again."""
-    return torch.exp(-math.log(10_000) * torch.arange(count, dtype=dtype, device=device) / (count - endpoint))
-
-
-def position_embedding(rows: int, columns: int, width: int) -> Tensor:
-    """2-D sinusoids, fp32 [rows·columns, width]: the first half of the width encodes the column, the second the row (MAE)."""
-
-    def encode(position: Tensor) -> Tensor:
-        quarter = width // 4
-        angles = position[:, None] / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    row, column = torch.meshgrid(torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij")
-    return torch.cat([encode(column.flatten()), encode(row.flatten())], dim=1).float()
-
-
-def macs_per_image(config: ModelConfig) -> dict[str, int]:
-    """Multiply-adds of one forward pass on one image, by part: what the DiT paper calls Gflops."""
-    D, L, p, r = config.width, config.depth, config.patch, config.mlp_ratio
-    T = math.prod(side // p for side in config.input_size)
-    return {
-        "embed": T * config.channels * p * p * D + num_frequencies(config) * D + D * D,
-        "modulation": (6 * L + 2) * D * D,  # per image, not per token
-        "qkv and proj": L * 4 * T * D * D,
-        "attention": L * 2 * T * T * D,
-        "mlp": L * 2 * r * T * D * D,
-        "convolution": L * config.conv_kernel**2 * T * r * D,
-        "final": T * D * p * p * out_channels(config),
-    }
-
-
-def train_flops_per_image(config: ModelConfig) -> int:
-    """FLOPs of forward and backward on one image: 2 per multiply-add, and the backward twice the forward."""
-    return 6 * sum(macs_per_image(config).values())
 
 
 def named_shapes(config: ModelConfig) -> Iterator[tuple[str, torch.Size]]:

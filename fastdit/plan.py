@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdit import command
-from fastdit import config as configs
-from fastdit.config import RECIPES, Config, UserError
-from fastdit.model import train_flops_per_image
+from fastdit.config import Config, UserError
 from fastdit.planning import costs
 from fastdit.planning import memory as footprint
 from fastdit.planning.costs import Bound, Cluster
+from fastdit.planning.flops import train_flops_per_image
 from fastdit.planning.gpus import GPUS
+from fastdit.recipes import RECIPES
+from fastdit.runtime.validation import validate
 
 GIB = 2**30
 
@@ -52,7 +53,7 @@ def parse(argv: Sequence[str]) -> Options:
     groups = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     usage = f"{(__doc__ or '').strip()}\n\nplan.py [RECIPE] [--field VALUE …]    recipes: {', '.join(RECIPES)} (default cats)"
     options = command.parse_args(Options, args, "fastdit/plan.py", usage, default=Options(**groups))
-    configs.validate(options)
+    validate(options)
     if options.gpu not in GPUS:
         near = difflib.get_close_matches(options.gpu, GPUS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -11,42 +11,37 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fastdit_kernels.attention import eager, sdpa
-from fastdit_kernels.cpu import CPU
-from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
-from fastdit import config as configs
-from fastdit import pictures, sampling
+from fastdit import panel, pictures, sampling
 from fastdit.checkpoint import Checkpoints
-from fastdit.config import Config, UserError, fit
+from fastdit.config import Config, UserError
 from fastdit.data import classes, encoding, vae
 from fastdit.data.manifest import changes, identity
 from fastdit.diffusion import Drawn, Objective, choose_objective, draw
-from fastdit.meter import Meter, summary
-from fastdit.model import DiT, choose_ops, on_kernels, train_flops_per_image
+from fastdit.meter import Meter
+from fastdit.model import DiT, choose_ops, on_kernels
 from fastdit.optim import Optimizer, lr_at
-from fastdit.planning import memory as footprint
+from fastdit.planning import memory
+from fastdit.planning.flops import train_flops_per_image
 from fastdit.quality import evaluation, references
 from fastdit.quality.scores import Judge
 from fastdit.runtime import ranks, saved, sharding
 from fastdit.runtime.graph import Graphed, graphs
-from fastdit.runtime.hardware import has_bf16, peak_tflops, precision
 from fastdit.runtime.lock import Lock
 from fastdit.runtime.profiler import Profiler
 from fastdit.runtime.ranks import World
 from fastdit.runtime.resuming import open_run, record_changes
-from fastdit.runtime.run import CONFIG, LOCK, create_place, load_config, place, save_config
+from fastdit.runtime.run import CONFIG, LOCK, create_place, place, save_config
 from fastdit.runtime.trackers import require_wandb
-from fastdit.weights.folder import locate
-from fastdit.weights.start import adopt, start_from
+from fastdit.runtime.validation import fit
+from fastdit.weights.start import adopted, build
 
 
 def main() -> None:
@@ -55,7 +50,7 @@ def main() -> None:
     def parse(argv: Sequence[str]) -> tuple[Config, bool]:
         return command.parse_run(argv, "python fastdit/train.py", __doc__ or "")
 
-    command.run(lambda asked: train(*asked), parse, lambda asked: no_memory(asked[0]))
+    command.run(lambda asked: train(*asked), parse, lambda asked: memory.no_memory(asked[0]))
 
 
 def step(
@@ -92,27 +87,6 @@ def update(model: DiT, objective: Objective, optimizer: Optimizer, drawn: list[D
     return mean_loss, optimizer.step(rates, mean_loss)
 
 
-def require_memory(config: Config, world: World, num_images: int) -> None:
-    """Raise UserError where, by plan, the run cannot work on this rank's device."""
-    if refusal := footprint.check(config, world.device, config.parallel.shard or world.local_size, num_images):
-        raise UserError(refusal)
-
-
-def no_memory(config: Config) -> str:
-    """What to say where memory ran out: which batch would do."""
-    t, num_ranks = config.train, config.parallel.shard or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    half = next((t.batch // n for n in range(2, t.batch) if t.batch % n == 0), 1)
-    line = f"out of memory at --train.batch {t.batch}"
-    if t.batch > 1:
-        line += f"; --train.batch {half} --train.grad_accum {t.grad_accum * t.batch // half} trains the same in less"
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        line += f" ({footprint.advice(config, num_ranks, total)})"
-    elif not config.parallel.checkpoint_activations:
-        line += ", and --parallel.checkpoint_activations needs less too"
-    return line
-
-
 class Run(NamedTuple):
     """The parts of a run, as `train` has set them up."""
 
@@ -147,7 +121,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
     # The data, which say what the network sees.
     pack = ranks.every(world, lambda: encoding.open_pack(config, world))
     config = fit(config, *pack.manifest.fits)
-    ranks.every(world, lambda: require_memory(config, world, pack.manifest.count))
+    ranks.every(world, lambda: memory.require(config, world, pack.manifest.count))
     stop = ranks.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
 
     # The network, its optimizer and its loss.
@@ -162,7 +136,8 @@ def train(config: Config, on_purpose: bool = False) -> int:
 
     # What it reports.
     autoencoder = ranks.every(world, lambda: vae.of(config, world.device))
-    judge = ranks.every(world, lambda: open_judge(config, world)) if config.eval.every_images else None
+    scored = config.eval.every_images is not None and world.rank == 0
+    judge = ranks.every(world, lambda: references.of(config, world.device) if scored else None)
     ranks.once(world, lambda: start_run(config, folder, changed, images_seen, lock))
     ranks.once(world, lambda: classes.write(folder, pack.manifest.class_names))
     meter = Meter(
@@ -180,7 +155,11 @@ def train(config: Config, on_purpose: bool = False) -> int:
     )
     meter.restore(window)
     run = Run(config, folder, world, batch, pack, model, optimizer, objective, checkpoints, autoencoder, judge, meter)
-    describe(run, images_seen, changed)
+    if world.rank == 0:
+        for change in changed:
+            print(f"changed on purpose, from {images_seen:,} images on: {change}", flush=True)
+        parameters = sum(p.numel() for p in model.parameters())
+        panel.show(panel.facts(config, folder, world, pack, parameters, train_flops_per_image(config.model), images_seen))
     profiler = Profiler(folder / "profile", 0 if world.rank else config.profile, world.device, meter.say)
 
     graph = None
@@ -279,53 +258,6 @@ def save(run: Run, images_seen: int) -> None:
 # --- setting up ---
 
 
-def describe(run: Run, images_seen: int, changed: list[str]) -> None:
-    """What is about to run, once, before it does."""
-    config, world, pack = run.config, run.world, run.pack
-    if world.rank:
-        return
-    for change in changed:
-        print(f"changed on purpose, from {images_seen:,} images on: {change}", flush=True)
-    t, seen = config.train, pack.manifest
-    gpu = world.device.type == "cuda"
-    name = torch.cuda.get_device_name(world.device) if gpu else "CPU"
-    chosen = choose_ops(config, world.device)
-    numbers = precision(config.parallel.precision, world.device)
-    if not has_bf16(world.device):
-        numbers += (
-            " (no bf16 in this device)" if numbers == "fp32" else " (not in this device's instructions: fp32 is much faster)"
-        )
-    summary(
-        recipe=config.run.name or "",
-        folder=run.folder,
-        devices=f"{world.size} × {name}" + ("" if gpu else f" ({torch.get_num_threads()} threads each)"),
-        parameters=sum(p.numel() for p in run.model.parameters()),
-        flops_per_image=train_flops_per_image(config.model),
-        batch=t.batch,
-        world=world.size,
-        grad_accum=t.grad_accum,
-        total_images=t.images,
-        dataset=f"{seen.count:,} images, {seen.num_classes} classes, {'resident' if pack.resident else 'read ahead from disk'}",
-        kernels={REFERENCE.ln_modulate: "PyTorch reference", CPU.ln_modulate: "PyTorch"}.get(chosen.ln_modulate, "Triton"),
-        attention="eager" if chosen.attention is eager else "SDPA" if chosen.attention is sdpa else "flash-attn",
-        precision=numbers + (", compiled" if sharding.compiles(config.parallel, world.device) else ""),
-        peak=peak_tflops(name, config.log.peak_tflops),
-        resumed_images=images_seen,
-    )
-
-
-def adopted(config: Config, saved: Path) -> Config:
-    """The config with what the model that it starts from decides: a new run's source says it, a begun run's config.json."""
-    if saved.exists():
-        run = load_config(saved)
-        if run.train.init_from and config.train.init_from in (None, run.train.init_from):
-            config = adopt(config, run.model, run.train.init_from)
-            return configs.replace(config, train={"init_from": run.train.init_from})
-    elif config.train.init_from:
-        return adopt(config, locate(config.train.init_from).config.model, config.train.init_from)
-    return config
-
-
 def start_run(config: Config, folder: Path, changed: list[str], images_seen: int, lock: Lock) -> None:
     """Make the run's folder, once all that a config can get wrong has gone right. Rank 0 alone calls this."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -367,27 +299,6 @@ def resume(
             f"new ones from these weights: --run.name NEW --train.init_from {folder}"
         )
     return images_seen, state.get("window", [])
-
-
-def open_judge(config: Config, world: World) -> Judge | None:
-    """What scores the run's pictures, on rank 0 alone."""
-    return None if world.rank else references.open_judge(config, config.eval.num, world.device, config.eval.reference)
-
-
-def build(config: Config, world: World, start: bool = True) -> DiT:
-    """The model on its starting weights, compiled and sharded. start: read --train.init_from, since no checkpoint follows."""
-    with torch.device("meta"):
-        model = DiT(config.model, choose_ops(config, world.device))
-    sharding.checkpoint(model, config.parallel)
-    sharding.compile(model, config.parallel, world.device)
-    sharding.shard(model, config.parallel, world)
-    model.init_weights(config.run.seed)
-    source = config.train.init_from
-    if source and start:
-        said = ranks.every(world, lambda: start_from(model, source, config))
-        if world.rank == 0:
-            print(said, flush=True)
-    return model
 
 
 if __name__ == "__main__":

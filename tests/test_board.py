@@ -17,8 +17,10 @@ from fastdit import config as C
 from fastdit.config import UserError
 from fastdit.data import encoding
 from fastdit.quality import features
+from fastdit.recipes import RECIPES
 from fastdit.runtime import ranks
 from fastdit.runtime.resuming import differences
+from fastdit.runtime.validation import validate
 
 pytest.importorskip("matplotlib")
 
@@ -104,9 +106,9 @@ def lambda_free(folder: Path, names: tuple[str, ...], options: dict) -> list[str
 
 
 def test_every_row_is_valid_and_each_less_is_ours_but_for_one_thing():
-    ours = C.RECIPES["cats"]
+    ours = RECIPES["cats"]
     for row in rows.ROWS.values():
-        C.validate(row.config)
+        validate(row.config)
         assert row.config.data == ours.data
         assert (row.config.model.width, row.config.model.depth, row.config.model.patch) == (256, 6, 4)
     changed = {
@@ -148,7 +150,7 @@ def schedule_of(folder: Path) -> list[float]:
 
 def test_the_learning_rate_ends_with_the_seconds(run_ranks, tmp_path):
     [rates] = run_ranks(1, schedule_of, tmp_path, init=False)
-    peak = C.RECIPES["cats"].train.lr
+    peak = RECIPES["cats"].train.lr
     assert max(rates) == pytest.approx(peak, rel=0.02)
     assert rates.index(max(rates)) <= 4  # a twelfth of 1,000 images
     assert rates[-1] < 0.02 * peak

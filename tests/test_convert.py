@@ -20,10 +20,11 @@ import torch
 from fastdit_kernels.reference import REFERENCE
 from torch.nn import functional as F
 
-from fastdit import config as C
-from fastdit.config import SIZES, UserError
+from fastdit.config import UserError
 from fastdit.convert import Options, convert
-from fastdit.model import DiT, position_embedding
+from fastdit.embeddings import position_embedding
+from fastdit.model import DiT
+from fastdit.recipes import SIZES, dit
 from fastdit.runtime.run import load_config
 from fastdit.runtime.tensors import save_weights
 from fastdit.weights.folder import from_pretrained
@@ -154,7 +155,7 @@ def test_every_size_of_the_paper_is_read_off_the_shapes(size, patch, pixels):
         w = {name: torch.empty(shape) for name, shape in shapes.items()}
     w["pos_embed"] = position_embedding(pixels // 8 // patch, pixels // 8 // patch, width)[None]
     found = from_facebook(w).config
-    expected = C.dit(
+    expected = dit(
         size, patch, input_size=(pixels // 8, pixels // 8), channels=4, num_classes=1000, conv_kernel=0, class_dropout=0.1,
         learn_sigma=True, position="fixed",
     )  # fmt: skip

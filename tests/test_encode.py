@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from fastdit import encode
-from fastdit.config import RECIPES, replace
+from fastdit.config import replace
 from fastdit.data import cats, encoding
 from fastdit.data import pack as packs
+from fastdit.recipes import RECIPES
 from fastdit.runtime.ranks import World
 
 

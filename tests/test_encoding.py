@@ -18,12 +18,14 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastdit.config import RECIPES, Config, UserError, fit, replace
+from fastdit.config import Config, UserError, replace
 from fastdit.data import chunks, encoding, images
 from fastdit.data import pack as packs
 from fastdit.data.decode import TRANSFORMS
 from fastdit.encode import report
+from fastdit.recipes import RECIPES
 from fastdit.runtime.ranks import World
+from fastdit.runtime.validation import fit
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 NUM = 43

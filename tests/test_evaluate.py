@@ -17,6 +17,7 @@ from fastdit.config import Config, UserError
 from fastdit.data.images import open_images
 from fastdit.evaluate import Chunks, Options
 from fastdit.quality import evaluation, features, fid, references, scores
+from fastdit.recipes import RECIPES
 from fastdit.runtime import ranks
 from fastdit.weights.folder import load_model, locate
 
@@ -26,7 +27,7 @@ BATCH, IMAGES, NUM = 16, 96, 40
 
 def tiny(folder: Path, **groups) -> Config:
     config = C.replace(
-        C.RECIPES["cats"],
+        RECIPES["cats"],
         run={"name": "tiny", "folder": str(folder / "runs")},
         data={"num_images": 120, "packs": str(folder / "packs")},
         model={"patch": 8, "depth": 2, "width": 32, "num_heads": 2},

@@ -21,6 +21,7 @@ from fastdit.convert import convert
 from fastdit.diffusion import schedule
 from fastdit.export import Options, export, to_diffusers
 from fastdit.model import DiT
+from fastdit.recipes import RECIPES
 from fastdit.runtime import rng
 from fastdit.runtime.run import save_config
 from fastdit.runtime.tensors import load_weights
@@ -371,7 +372,7 @@ def trained(config: Config) -> int:
 def test_a_run_trained_to_fit_diffusers_does(run_ranks, tmp_path):
     """A fixed position embedding stays what it was through training, averaging, checkpoints and a resume on two ranks."""
     config = C.replace(
-        C.RECIPES["cats"],
+        RECIPES["cats"],
         run={"name": "tiny", "folder": str(tmp_path)},
         data={"num_images": 64, "packs": str(tmp_path / "packs")},
         model={

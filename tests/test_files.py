@@ -10,6 +10,7 @@ import pytest
 
 from fastdit import config as C
 from fastdit import train
+from fastdit.recipes import RECIPES
 from fastdit.runtime import files
 from fastdit.runtime.lock import Lock
 from fastdit.runtime.run import load_config
@@ -93,7 +94,7 @@ def test_killed_while_writing_it_leaves_what_was_there(run_ranks, tmp_path):
 
 
 def test_the_config_of_a_run_is_written_when_it_changes_and_never_cut(tmp_path, monkeypatch):
-    config, path = C.RECIPES["cats"], tmp_path / "config.json"
+    config, path = RECIPES["cats"], tmp_path / "config.json"
     train.start_run(config, tmp_path, [], 0, Lock(tmp_path / "lock"))
     before, text = path.stat().st_ino, path.read_text()
     train.start_run(config, tmp_path, [], 0, Lock(tmp_path / "lock"))

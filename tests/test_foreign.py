@@ -13,7 +13,8 @@ from fastdit import config as C
 from fastdit import sampling
 from fastdit.config import UserError
 from fastdit.convert import Options, convert
-from fastdit.model import DiT, position_embedding
+from fastdit.embeddings import position_embedding
+from fastdit.model import DiT
 from fastdit.runtime.run import load_config
 from fastdit.runtime.tensors import load_weights, save_weights
 from fastdit.weights.folder import from_pretrained

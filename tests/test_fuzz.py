@@ -22,6 +22,7 @@ from fastdit.config import UserError
 from fastdit.data import decode
 from fastdit.data import manifest as manifests
 from fastdit.data import pack as packs
+from fastdit.recipes import RECIPES
 from fastdit.runtime.run import LIMIT, load_config, save_config
 from fastdit.runtime.tensors import load_weights, save_weights
 
@@ -146,7 +147,7 @@ def test_command_lines(count, tmp_path, monkeypatch, soaked):
 @counts(150, 5_000)
 def test_config_files(count, tmp_path, soaked):
     path = tmp_path / "config.json"
-    whole = json.loads(json.dumps(dataclasses.asdict(C.RECIPES["cats-256"])))
+    whole = json.loads(json.dumps(dataclasses.asdict(RECIPES["cats-256"])))
 
     def check(data: bytes) -> None:
         path.write_bytes(data)

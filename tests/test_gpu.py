@@ -26,6 +26,7 @@ from fastdit import config as C
 from fastdit.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from fastdit.model import DiT, choose_ops
 from fastdit.optim import Optimizer
+from fastdit.recipes import RECIPES
 from fastdit.runtime import ranks, sharding
 from fastdit.runtime.ranks import World
 from fastdit.runtime.tensors import load_weights
@@ -47,7 +48,7 @@ class Found(NamedTuple):
 def tiny(folder: Path, name: str, **parallel) -> Config:
     """Eight steps on drawn cats; a grid and a checkpoint after every second one."""
     return C.replace(
-        C.RECIPES["cats"],
+        RECIPES["cats"],
         run={"name": name, "folder": str(folder / "runs")},
         data={"num_images": 200, "packs": str(folder / "packs")},
         model={"patch": 4, "depth": 2, "width": 64, "num_heads": 2},

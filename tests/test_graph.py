@@ -20,6 +20,7 @@ from fastdit.config import Config, ParallelConfig
 from fastdit.diffusion import choose_objective, draw
 from fastdit.model import DiT
 from fastdit.optim import Optimizer
+from fastdit.recipes import RECIPES
 from fastdit.runtime import graph as graphs
 from fastdit.runtime import ranks, sharding
 from fastdit.runtime.graph import Graphed
@@ -90,7 +91,7 @@ class Recorded:
 
 
 def config(**groups) -> Config:
-    tiny = C.RECIPES["cats"]
+    tiny = RECIPES["cats"]
     tiny = C.replace(
         tiny,
         model={"input_size": (8, 8), "patch": 2, "depth": 2, "width": 32, "num_heads": 2, "class_dropout": 0.2},

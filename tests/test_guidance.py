@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from fastdit import config as C
-from fastdit import sampling, train
+from fastdit import sampling
 from fastdit.config import DiffusionConfig, UserError
 from fastdit.diffusion import choose_objective
 from fastdit.optim import Optimizer
+from fastdit.recipes import RECIPES
 from fastdit.runtime import ranks, rng, sharding
 from fastdit.runtime.sharding import local
+from fastdit.runtime.validation import validate
 from fastdit.sampling import sample, sampling_times
+from fastdit.weights import start
 
 DDPM, FLOW = DiffusionConfig(clip_x0=False), DiffusionConfig(kind="flow", prediction="velocity", clip_x0=False)
 FLOW_X0 = DiffusionConfig(kind="flow", prediction="x0", clip_x0=False)
@@ -57,7 +60,7 @@ def test_steps_outside_the_interval_are_the_labelled_ones_alone(config, sampler,
 
 def tiny(**groups) -> C.Config:
     config = C.replace(
-        C.RECIPES["cats"],
+        RECIPES["cats"],
         model={"patch": 8, "depth": 2, "width": 32, "num_heads": 2, "class_dropout": 0.25},
         train={"batch": 8},
         sample={"steps": 6},
@@ -69,7 +72,7 @@ def tiny(**groups) -> C.Config:
 def made(config) -> tuple[torch.Tensor, int]:
     """Pictures of a network whose final layer is not zero, and the images its blocks were run on."""
     world = ranks.init(config.parallel)
-    model = train.build(config, world)
+    model = start.build(config, world)
     generator = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():
         if name.startswith(("adaLN", "final_layer", "y_embedder")):
@@ -201,7 +204,7 @@ def test_off_is_one_forward_and_the_same_loss():
 def trained(config, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of a few steps on made-up images, sharded over the ranks, and the weights after them."""
     world = ranks.init(config.parallel)
-    model = train.build(config, world)
+    model = start.build(config, world)
     optimizer = Optimizer(model, config.train, config.train.batch * world.size)
     m, training = config.model, choose_objective(config, world.device)
     losses = []
@@ -249,4 +252,4 @@ def test_sharded_training_with_model_guidance_is_that_of_one_rank(run_ranks, rec
 )
 def test_what_cannot_work_is_said(groups, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        C.validate(C.replace(tiny(), **groups))
+        validate(C.replace(tiny(), **groups))

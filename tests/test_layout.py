@@ -19,9 +19,9 @@ SOURCES = FASTDIT + sorted(ROOT.glob("kernels/fastdit_kernels/*.py"))
 KERNELS = "fastdit_kernels"  # below all ranks: a package of its own
 RANKS = [
     {"config"},
-    {"runtime"},
-    {"command", "pictures", "model", "diffusion", "optim", "checkpoint", "meter", "data"},
-    {"sampling", "weights"},
+    {"runtime", "recipes", "embeddings"},
+    {"command", "pictures", "model", "diffusion", "ema", "checkpoint", "meter", "data"},
+    {"optim", "sampling", "weights", "panel"},
     {"weights.pipeline", "quality", "planning"},
     {"train", "encode", "sample", "convert", "export", "plan", "evaluate", "report"},
 ]

@@ -21,11 +21,13 @@ from fastdit.config import Config, UserError
 from fastdit.data import encoding
 from fastdit.diffusion import choose_objective
 from fastdit.optim import Optimizer
+from fastdit.recipes import RECIPES
 from fastdit.runtime import ranks
 from fastdit.runtime.run import load_config
 from fastdit.runtime.sharding import main_param
 from fastdit.runtime.tensors import load_weights
 from fastdit.sample import Options, sample
+from fastdit.weights import start
 
 ROOT = Path(__file__).parent.parent
 STEPS, BATCH = 6, 16
@@ -34,7 +36,7 @@ STEPS, BATCH = 6, 16
 def tiny(folder: Path, **groups) -> Config:
     """Six steps of 16 images on a network of 30 thousand parameters; every step is printed, every second one saved."""
     config = C.replace(
-        C.RECIPES["cats"],
+        RECIPES["cats"],
         run={"name": "tiny", "folder": str(folder / "runs")},
         data={"num_images": 200, "packs": str(folder / "packs")},
         model={"patch": 8, "depth": 2, "width": 32, "num_heads": 2},
@@ -318,7 +320,7 @@ class HostSyncs(TorchDispatchMode):
 def syncs_in_a_step(config: Config) -> list[str]:
     world = ranks.init(config.parallel)
     pack = encoding.Pack(encoding.ensure(config, world), world.device, 0)
-    model = train.build(config, world)
+    model = start.build(config, world)
     optimizer = Optimizer(model, config.train, BATCH)
     objective = choose_objective(config, world.device)
     with HostSyncs() as syncs:
@@ -385,7 +387,7 @@ def test_a_run_starts_from_given_weights(whole, run_ranks, tmp_path, world):
 
 
 def built_weights(config: Config) -> dict[str, torch.Tensor]:
-    model = train.build(config, ranks.init(config.parallel))
+    model = start.build(config, ranks.init(config.parallel))
     weights = {name: main_param(p).detach() for name, p in model.named_parameters()}
     return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import meter
 from fastdit.config import LogConfig, UserError
-from fastdit.meter import Meter, summary
+from fastdit.meter import Meter
 from fastdit.runtime import hardware, trackers
 from fastdit.runtime.hardware import Energy, memory_gib, peak_tflops
 
@@ -386,43 +386,6 @@ def test_the_bar(tmp_path, clock):
     assert "100/1,000 images" in shown
     assert "saved [bold]here" in shown
     assert "ETA 0:09" in shown
-
-
-FACTS = {
-    "recipe": "cats",
-    "folder": Path("runs/cats"),
-    "devices": "CPU, 2 threads",
-    "parameters": 1_912_345,
-    "flops_per_image": 2.5e9,
-    "batch": 64,
-    "world": 2,
-    "grad_accum": 3,
-    "total_images": 60_000,
-    "dataset": "20,000 images [32×32]",
-    "kernels": "reference",
-    "attention": "sdpa",
-    "precision": "bf16",
-}
-
-
-def test_summary():
-    out = io.StringIO()
-    summary(**FACTS, peak=None, console=Console(file=out, force_terminal=False, width=40))
-    assert out.getvalue().splitlines() == [
-        "run     cats in runs/cats",
-        "device  CPU, 2 threads",
-        "data    20,000 images [32×32]",
-        "model   1.91 M parameters, 2.5 GFLOP per training image",
-        "batch   64 per rank × 2 ranks × 3 micro-steps = 384 images",
-        "length  60,000 images = 157 steps",
-        "numbers bf16, reference kernels, sdpa attention",
-        "MFU     not shown: unknown peak; --log.peak_tflops gives it",
-    ]
-    out = io.StringIO()
-    summary(**FACTS, peak=312.0, resumed_images=1200, console=Console(file=out, force_terminal=True, width=100))
-    assert "resumed at 1,200 images" in out.getvalue()
-    assert "[32×32]" in out.getvalue()
-    assert "of 312 TFLOP/s per device" in out.getvalue()
 
 
 # --- trackers ---

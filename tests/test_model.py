@@ -11,8 +11,11 @@ from fastdit_kernels.cpu import CPU
 from fastdit_kernels.reference import REFERENCE
 from torch.nn import functional as F
 
-from fastdit.config import RECIPES, SIZES, ModelConfig, ParallelConfig, dit
-from fastdit.model import DiT, macs_per_image, named_shapes, position_embedding
+from fastdit.config import ModelConfig, ParallelConfig
+from fastdit.embeddings import position_embedding
+from fastdit.model import DiT, named_shapes
+from fastdit.planning.flops import macs_per_image
+from fastdit.recipes import RECIPES, SIZES, dit
 from fastdit.runtime import sharding
 
 SMALL = ModelConfig(input_size=(8, 12), channels=4, num_classes=5, patch=2, depth=3, width=48, num_heads=3)

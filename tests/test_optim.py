@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fastdit.config import TrainConfig
-from fastdit.optim import EMA, Optimizer, ShardAdamW, clip_and_check, lr_at
+from fastdit.ema import EMA
+from fastdit.optim import Optimizer, ShardAdamW, clip_and_check, lr_at
 
 CONFIG = TrainConfig(images=80, lr=1e-2, lr_decay="cosine", warmup_images=12, weight_decay=0.1, beta2=0.95, ema=0.9)
 BATCH = 8  # images per step

@@ -6,10 +6,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from fastdit.config import RECIPES, UserError, replace, validate
+from fastdit.config import UserError, replace
 from fastdit.data import encoding, own
 from fastdit.data import pack as packs
+from fastdit.recipes import RECIPES
 from fastdit.runtime.ranks import World
+from fastdit.runtime.validation import validate
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)

@@ -12,13 +12,15 @@ from torch.nn import functional as F
 
 from fastdit import config as configs
 from fastdit import plan
-from fastdit.config import RECIPES, Config, ModelConfig, ParallelConfig, TrainConfig, UserError
+from fastdit.config import Config, ModelConfig, ParallelConfig, TrainConfig, UserError
 from fastdit.diffusion import choose_objective
-from fastdit.model import DiT, train_flops_per_image
+from fastdit.model import DiT
 from fastdit.optim import Optimizer
-from fastdit.planning import costs
+from fastdit.planning import activations, costs
 from fastdit.planning import memory as footprint
+from fastdit.planning.flops import train_flops_per_image
 from fastdit.planning.gpus import GPUS
+from fastdit.recipes import RECIPES, dit
 from fastdit.runtime import ranks, sharding
 from fastdit.runtime.sharding import local
 
@@ -92,7 +94,7 @@ def allocated(config: Config) -> dict[str, int]:
 def test_planned_bytes_are_what_two_ranks_allocate(run_ranks, model, recompute):
     config = small(recompute, **model)
     planned = footprint.state_bytes(config, 2)
-    planned["activations"] = footprint.activations(config, BATCH, OPS).saved
+    planned["activations"] = activations.activations(config, BATCH, OPS).saved
     for found in run_ranks(2, allocated, config):
         assert found.keys() == planned.keys()
         for name, size in found.items():
@@ -107,17 +109,17 @@ def test_the_peak_of_a_step_is_that_of_the_same_step_with_real_numbers(recompute
     model.init_weights(0)
     model.bfloat16()
     for p in model.parameters():
-        p.register_post_accumulate_grad_hook(footprint._forget)
+        p.register_post_accumulate_grad_hook(activations._forget)
     x, t, y = torch.randn(BATCH, 4, 20, 12), torch.zeros(BATCH), torch.arange(BATCH)
     model.condition(t, y)  # makes the table of frequencies, which stays
-    with footprint.Alive() as alive:
+    with activations.Alive() as alive:
         (model(x, t, y) - x).square().mean().backward()
     assert alive.now == 0
-    assert footprint.activations(config, BATCH, OPS).peak == pytest.approx(alive.peak, rel=0.05)
+    assert activations.activations(config, BATCH, OPS).peak == pytest.approx(alive.peak, rel=0.05)
 
 
 def test_alive_counts_each_storage_while_it_is_referenced():
-    with footprint.Alive() as alive:
+    with activations.Alive() as alive:
         a = torch.zeros(100)
         b = a.view(10, 10)[2:]
         c = b + 1
@@ -131,9 +133,9 @@ def test_alive_counts_each_storage_while_it_is_referenced():
 
 def test_kernels_keep_less_than_the_reference_and_recomputing_less_still():
     config = RECIPES["cats-256"]
-    reference = footprint.activations(config, 8, REFERENCE)
-    kernels = footprint.activations(config, 8)
-    again = footprint.activations(footprint.recomputing(config, True), 8)
+    reference = activations.activations(config, 8, REFERENCE)
+    kernels = activations.activations(config, 8)
+    again = activations.activations(footprint.recomputing(config, True), 8)
     assert again.saved < kernels.saved < reference.saved
     # By hand, what a token keeps in a block, in bf16 elements: r and m of two norms, q, k, v, attention's output and its
     # projection, the MLP's output, each D; h and its convolution, each 4·D.
@@ -157,14 +159,14 @@ def test_the_largest_batch_fits_and_one_more_does_not():
 def test_eight_a100s_bound_the_paper_models_as_their_flops_say():
     where = costs.Cluster(GPUS["a100-80gb"], 8, 1, 25)
     for size, rate in (("B", 18_083), ("XL", 3_507)):
-        m = configs.dit(size, 2, channels=4, num_classes=1000, conv_kernel=0, learn_sigma=True)
+        m = dit(size, 2, channels=4, num_classes=1000, conv_kernel=0, learn_sigma=True)
         bound = costs.bound(Config(model=m), where)
         assert bound.images / bound.compute_s == pytest.approx(rate, abs=0.5)
         assert bound.step_s >= max(bound.compute_s, bound.memory_s, bound.network_s)
 
 
 def test_bytes_of_the_fused_parts_are_their_floors():
-    m = configs.dit("B", 2, channels=4, num_classes=0)
+    m = dit("B", 2, channels=4, num_classes=0)
     config = Config(model=m, train=TrainConfig(batch=4, grad_accum=3))
     by_name = {p.name: p for p in costs.parts(config, costs.Cluster(GPUS["h100"], 1, 1, 25))}
     tokens, D = 3 * 4 * 256, 768

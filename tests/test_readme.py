@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from fastdit import convert, evaluate, export, plan, report, sample
 from fastdit.command import _option_names, parse, parse_args, parse_run
-from fastdit.config import RECIPES, Config, replace
+from fastdit.config import Config, replace
 from fastdit.data import pack as packs
 from fastdit.model import DiT
+from fastdit.recipes import RECIPES
 from fastdit.weights.folder import save_pretrained
 
 ROOT = Path(__file__).parent.parent
@@ -250,3 +251,12 @@ def test_versions_agree():
     assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert ".ci/run" in (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+
+
+def test_the_list_of_files_is_that_of_the_tree():
+    spec = importlib.util.spec_from_file_location("docs_files", ROOT / "docs" / "files.py")
+    assert spec
+    assert spec.loader
+    files = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(files)
+    assert (ROOT / "docs" / "files.md").read_text() == files.page(), "run python docs/files.py"

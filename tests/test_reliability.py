@@ -36,9 +36,12 @@ from fastdit.data.encoding import Pack
 from fastdit.meter import Meter
 from fastdit.model import DiT
 from fastdit.optim import Optimizer, Spikes
+from fastdit.planning import memory
+from fastdit.recipes import RECIPES
 from fastdit.runtime import ranks, sharding
 from fastdit.runtime.run import save_config
 from fastdit.runtime.tensors import load_weights
+from fastdit.weights import start
 
 ROOT = Path(__file__).parent.parent
 STEPS, BATCH = 8, 16
@@ -52,7 +55,7 @@ def counts(few: int, full: int):
 def tiny(folder: Path, packs: Path, world: int = 1, **groups) -> Config:
     """Eight steps of 16 images in two micro-steps; an epoch is three steps; every step is printed, every second one saved."""
     config = C.replace(
-        C.RECIPES["cats"],
+        RECIPES["cats"],
         run={"name": "tiny", "folder": str(folder / "runs")},
         data={"num_images": 3 * BATCH, "packs": str(packs)},
         model={"patch": 8, "depth": 2, "width": 32, "num_heads": 2},
@@ -66,7 +69,7 @@ def tiny(folder: Path, packs: Path, world: int = 1, **groups) -> Config:
 
 def run(config: Config) -> None:
     """The whole verb, from the config on; ends this rank with its exit code."""
-    command.run(train.train, lambda argv: config, train.no_memory)
+    command.run(train.train, lambda argv: config, memory.no_memory)
 
 
 def curve(folder: Path) -> list[tuple]:
@@ -416,7 +419,7 @@ def test_four_ranks_then_two_then_one_in_the_middle_of_an_epoch(finish, packs, t
 
 
 def initial(config: Config) -> dict[str, torch.Tensor]:
-    model = train.build(config, ranks.init(config.parallel))
+    model = start.build(config, ranks.init(config.parallel))
     weights = {n: sharding.main_param(p).detach() for n, p in model.named_parameters()}
     return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in weights.items()}
 

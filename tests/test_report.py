@@ -11,6 +11,7 @@ import pytest
 from fastdit import config as C
 from fastdit.config import UserError
 from fastdit.quality import charts, evaluation
+from fastdit.recipes import RECIPES
 from fastdit.report import Options, grids, report
 from fastdit.runtime.run import save_config
 
@@ -39,7 +40,7 @@ def finished(folder: Path, *, gpu: bool, num: int = 20, **groups) -> Path:
     """What a run of `num` lines leaves."""
     run = folder / "runs" / "a run"
     (run / "samples").mkdir(parents=True)
-    save_config(C.replace(C.RECIPES["cats"], **groups), run / "config.json")
+    save_config(C.replace(RECIPES["cats"], **groups), run / "config.json")
     with (run / "metrics.jsonl").open("w") as file:
         for i in range(1, num + 1):
             line = {"images": 100 * i, "step": i, "loss": 2 / i, "grad_norm": 1.0, "lr": 1e-3, "img_per_s": 50.0, "mfu": None}

@@ -12,6 +12,7 @@ from fastdit import config as C
 from fastdit import train
 from fastdit.command import parse_run
 from fastdit.config import Config, UserError
+from fastdit.recipes import RECIPES
 from fastdit.runtime.resuming import differences
 from fastdit.runtime.run import load_config, save_config
 
@@ -73,7 +74,7 @@ def test_sources_of_the_format_before_become_paths(old):
 
 
 def test_another_format_is_refused(tmp_path):
-    save_config(C.RECIPES["cats"], tmp_path / "config.json")
+    save_config(RECIPES["cats"], tmp_path / "config.json")
     data = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(data | {"format": 3}))
     with pytest.raises(UserError, match="format 3; this version reads 1 and 2"):

@@ -12,6 +12,7 @@ from fastdit.config import UserError
 from fastdit.data.cats import COLOURS
 from fastdit.model import DiT
 from fastdit.planning.memory import num_parameters
+from fastdit.recipes import RECIPES
 from fastdit.runtime.run import load_config, save_config
 from fastdit.sample import Options, Sampler
 from fastdit.weights.folder import REFERENCE, save_folder
@@ -22,7 +23,7 @@ SIDE = 32
 def folder_of(path, **groups):
     """A folder of weights, every one of them random."""
     config = C.replace(
-        C.RECIPES["cats"],
+        RECIPES["cats"],
         model={"patch": 8, "depth": 2, "width": 32, "num_heads": 2},
         parallel={"precision": "fp32"},
         sample={"steps": 3},
@@ -114,7 +115,7 @@ def test_an_absurd_schedule_is_refused(folder, tmp_path, fields):
 
 @pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "class_dropout": 0.1, "conv_kernel": 4}, {"conv_kernel": 0}])
 def test_the_count_of_parameters_is_the_models(fields):
-    for recipe in C.RECIPES.values():
+    for recipe in RECIPES.values():
         config = C.replace(recipe, model={"depth": 3, **fields}).model
         with torch.device("meta"):
             assert num_parameters(config) == sum(p.numel() for p in DiT(config, REFERENCE).parameters())

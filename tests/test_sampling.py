@@ -10,6 +10,7 @@ from fastdit_kernels.reference import REFERENCE
 from fastdit import config as C
 from fastdit import sampling
 from fastdit.model import DiT
+from fastdit.recipes import RECIPES
 from fastdit.runtime import hardware
 from fastdit.runtime.ranks import World
 from fastdit.runtime.tensors import save_weights
@@ -21,7 +22,7 @@ ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 @pytest.fixture(params=["labels", "unconditional", "guided"])
 def case(request) -> tuple[C.Config, DiT]:
     config = C.replace(
-        C.RECIPES["cats"],
+        RECIPES["cats"],
         model={"patch": 8, "depth": 2, "width": 32, "num_heads": 2},
         sample={"steps": 5},
         parallel={"precision": "fp32"},
@@ -109,7 +110,7 @@ def test_the_projection_is_applied_once_for_a_whole_schedule(case):
 
 
 def test_labels_take_turns_or_are_all_the_same():
-    config = C.RECIPES["cats"]
+    config = RECIPES["cats"]
     assert sampling.labels(config, 13, 4).tolist() == [13, 14, 0, 1]
     assert sampling.labels(config, 13, 2, label=7).tolist() == [7, 7]
     unconditional = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=0))

@@ -13,6 +13,7 @@ from fastdit import train
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, UserError
 from fastdit.model import DiT
+from fastdit.recipes import RECIPES
 from fastdit.runtime.run import load_config, save_config
 from fastdit.weights.folder import save_pretrained
 from fastdit.weights.start import adopt, start_from
@@ -35,7 +36,7 @@ def config_of(**model) -> Config:
         "image_size": model["input_size"],
         **({"vae": "x", "image_size": (64, 64)} if model.get("channels", 3) != 3 else {}),
     }
-    base = C.RECIPES["cats"]
+    base = RECIPES["cats"]
     data |= {"path": "photos"}
     return C.replace(
         base,
@@ -187,7 +188,7 @@ def whole_run(config: Config) -> int:
 def test_after_the_first_checkpoint_the_source_may_go(trained, run_ranks, tmp_path):
     source, _, _ = trained(num_classes=15, patch=8, input_size=(32, 32), num_heads=4, time_embedding="diffusers")
     config = C.replace(
-        C.RECIPES["cats"],
+        RECIPES["cats"],
         run={"name": "tuned", "folder": str(tmp_path)},
         data={"num_images": 64, "packs": str(tmp_path / "packs")},
         model={"patch": 8, "depth": 2, "width": 48, "num_heads": 3},

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastdit.config import Config, DataConfig, UserError, fit, plain
+from fastdit.config import Config, DataConfig, UserError, plain
 from fastdit.data import chunks, images, own
 from fastdit.data import vae as autoencoders
 from fastdit.data.cats import COLOURS
@@ -28,6 +28,7 @@ from fastdit.data.manifest import FORMAT
 from fastdit.data.pack import Batch, Manifest, Pack, read_manifest, verify
 from fastdit.data.source import ImageSource
 from fastdit.runtime.ranks import World, every, gather, once
+from fastdit.runtime.validation import fit
 
 __all__ = ["Batch", "Manifest", "Pack", "ensure", "folder", "open_pack", "pack_dataset", "read_manifest", "verify"]
 

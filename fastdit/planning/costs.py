@@ -8,7 +8,9 @@ import math
 from typing import NamedTuple
 
 from fastdit.config import Config
-from fastdit.model import macs_per_image, num_frequencies, out_channels
+from fastdit.embeddings import num_frequencies
+from fastdit.model import out_channels
+from fastdit.planning.flops import macs_per_image
 from fastdit.planning.gpus import GPU
 from fastdit.planning.memory import sizes
 from fastdit.runtime.hardware import compute_dtype, precision

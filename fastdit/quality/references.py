@@ -51,6 +51,11 @@ def read(source: ImageSource, numbers: Sequence[int]) -> Iterator[Tensor]:
                 yield torch.from_numpy(example.image).permute(2, 0, 1)
 
 
+def of(config: Config, device: torch.device) -> Judge:
+    """What scores a run's pictures while it trains."""
+    return open_judge(config, config.eval.num, device, config.eval.reference)
+
+
 def open_judge(config: Config, num: int, device: torch.device, reference: str | None = None) -> Judge:
     """What scores pictures against `num` real images, or half of those there are. Raises UserError."""
     features.require()

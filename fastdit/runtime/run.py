@@ -16,8 +16,9 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from fastdit.config import Config, UserError, nearest, plain, validate
+from fastdit.config import Config, UserError, nearest, plain
 from fastdit.runtime.files import read_file, write_text
+from fastdit.runtime.validation import validate
 
 FORMAT = 2  # of config.json; 1 had no such line, and settings that are gone or derived today
 LIMIT = 1 << 20  # bytes of config.json; a real one has thousands

@@ -142,3 +142,15 @@ def fill(parameter: nn.Parameter, full: Tensor) -> None:
     main.copy_(full)
     if parameter is not main:
         parameter.copy_(main)
+
+
+def named_shards(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by plain names: the fp32 parameters, sharded or whole, whatever compiling wraps round modules."""
+    return {name: main_param(p) for name, p in named_parameters(model).items()}
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters as the modules hold them, by plain names: those the backward gives gradients."""
+    refresh(model)  # FSDP's modules may hold what they gathered
+    plain = {n.replace("_orig_mod.", ""): p for n, p in model.named_parameters()}
+    return {name: p for name, p in plain.items() if p.requires_grad}

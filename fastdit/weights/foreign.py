@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdit.config import SIZES, ModelConfig, UserError
-from fastdit.model import frequencies, named_shapes, position_embedding
+from fastdit.config import ModelConfig, UserError
+from fastdit.embeddings import frequencies, position_embedding
+from fastdit.model import named_shapes
+from fastdit.recipes import SIZES
 from fastdit.weights.layouts import DIFFUSERS, DIT, SEED, Taker, to_ours
 
 

@@ -10,8 +10,10 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from fastdit import config as configs
-from fastdit.config import RECIPES, Config, UserError, plain
+from fastdit.config import Config, UserError, plain
+from fastdit.recipes import RECIPES
 from fastdit.runtime.tensors import load_weights
+from fastdit.runtime.validation import validate
 from fastdit.weights.foreign import Weights, from_diffusers, from_facebook, from_seed, from_sit
 from fastdit.weights.pickles import fields, load_pickled
 
@@ -196,7 +198,7 @@ def configured(run: Config, weights: Weights, vae: str, name: str) -> Config:
         run, run={"name": name}, data={"vae": vae or None, "image_size": size}, diffusion={"clip_x0": not vae}
     )
     run = dataclasses.replace(run, model=model)
-    configs.validate(run)
+    validate(run)
     return run
 
 

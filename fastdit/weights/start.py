@@ -1,14 +1,18 @@
 """Start a run from a trained model: what fits is taken, the rest is initialised, and one line says which is which."""
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdit.config import Config, ModelConfig, UserError
-from fastdit.model import DiT, named_shapes
+from fastdit.config import Config, ModelConfig, UserError, replace
+from fastdit.model import DiT, choose_ops, named_shapes
+from fastdit.runtime import ranks, sharding
+from fastdit.runtime.ranks import World
+from fastdit.runtime.run import load_config
 from fastdit.runtime.sharding import fill
 from fastdit.runtime.tensors import load_weights
 from fastdit.weights.folder import fitting, locate
@@ -109,3 +113,31 @@ def _classes(old: Tensor | None, initial: Tensor, ours: ModelConfig, theirs: Mod
         whole,
         f"{theirs.num_classes:,} classes there: {ours.num_classes:,} initialised{', the null class taken' if null else ''}",
     )
+
+
+def adopted(config: Config, saved: Path) -> Config:
+    """The config with what the model that it starts from decides: a new run's source says it, a begun run's config.json."""
+    if saved.exists():
+        run = load_config(saved)
+        if run.train.init_from and config.train.init_from in (None, run.train.init_from):
+            config = adopt(config, run.model, run.train.init_from)
+            return replace(config, train={"init_from": run.train.init_from})
+    elif config.train.init_from:
+        return adopt(config, locate(config.train.init_from).config.model, config.train.init_from)
+    return config
+
+
+def build(config: Config, world: World, start: bool = True) -> DiT:
+    """The model on its starting weights, compiled and sharded. start: read --train.init_from, since no checkpoint follows."""
+    with torch.device("meta"):
+        model = DiT(config.model, choose_ops(config, world.device))
+    sharding.checkpoint(model, config.parallel)
+    sharding.compile(model, config.parallel, world.device)
+    sharding.shard(model, config.parallel, world)
+    model.init_weights(config.run.seed)
+    source = config.train.init_from
+    if source and start:
+        said = ranks.every(world, lambda: start_from(model, source, config))
+        if world.rank == 0:
+            print(said, flush=True)
+    return model

@@ -1,0 +1,27 @@
+"""The arithmetic of a forward and of a training step, counted from the config alone."""
+
+import math
+
+from fastdit.config import ModelConfig
+from fastdit.embeddings import num_frequencies
+from fastdit.model import out_channels
+
+
+def macs_per_image(config: ModelConfig) -> dict[str, int]:
+    """Multiply-adds of one forward pass on one image, by part: what the DiT paper calls Gflops."""
+    D, L, p, r = config.width, config.depth, config.patch, config.mlp_ratio
+    T = math.prod(side // p for side in config.input_size)
+    return {
+        "embed": T * config.channels * p * p * D + num_frequencies(config) * D + D * D,
+        "modulation": (6 * L + 2) * D * D,  # per image, not per token
+        "qkv and proj": L * 4 * T * D * D,
+        "attention": L * 2 * T * T * D,
+        "mlp": L * 2 * r * T * D * D,
+        "convolution": L * config.conv_kernel**2 * T * r * D,
+        "final": T * D * p * p * out_channels(config),
+    }
+
+
+def train_flops_per_image(config: ModelConfig) -> int:
+    """FLOPs of forward and backward on one image: 2 per multiply-add, and the backward twice the forward."""
+    return 6 * sum(macs_per_image(config).values())
