@@ -84,10 +84,13 @@ def report(path: Path) -> list[str]:
     m, data = packs.open_data(path)
     names = f" ({', '.join(m.class_names[:20])}{', …' if m.num_classes > 20 else ''})" if m.class_names else ""
     lines = [
-        f"{path}: {m.count:,} images of {m.dataset}, {data.size / 2**20:,.1f} MiB",
+        f"{path}: {m.count:,} {'samples' if m.arrays else 'images'} of {m.dataset}, {data.size / 2**20:,.1f} MiB",
         f"rows: {m.dtype} {m.shape}" + (f", moments of {m.vae} {m.vae_revision}".rstrip() if m.vae else ""),
         f"classes: {m.num_classes}{names}",
     ]
+    if m.normaliser is not None:
+        lengths = "lengths given" if m.lengths else "no padding"
+        lines.append(f"condition: {m.condition or 'no'} numbers; {lengths}; normalised by {m.normaliser['kind']}")
     reasons = Counter(reason for _, reason in m.skipped)
     if reasons:
         lines.append(f"skipped: {len(m.skipped):,} ({'; '.join(f'{n} × {reason}' for reason, n in reasons.most_common(5))})")
@@ -122,7 +125,7 @@ def _main(arguments: list[str]) -> None:
             raise UserError("verify takes one argument, the folder of a pack")
         path = Path(arguments[1])
         manifest = packs.verify(path)
-        print(f"{path}: {manifest.count:,} images, every checksum right")
+        print(f"{path}: {manifest.count:,} {'samples' if manifest.arrays else 'images'}, every checksum right")
         return
     encode(parse(arguments, "encode.py", DESCRIPTION))
 

@@ -264,13 +264,13 @@ def test_a_folder_comes_before_a_hub_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("pictures", "no such folder or parquet file, and not the name of a hub dataset, OWNER/NAME"),
-        ("/no/such/folder", "no such folder or parquet file"),
-        ("~/none", "no such folder or parquet file"),
-        ("a/b/c", "no such folder or parquet file"),
-        ("../x", "no such folder or parquet file"),
+        ("pictures", "no such folder or file, and not the name of a hub dataset, OWNER/NAME"),
+        ("/no/such/folder", "no such folder or file"),
+        ("~/none", "no such folder or file"),
+        ("a/b/c", "no such folder or file"),
+        ("../x", "no such folder or file"),
         ("\x1b[31mred", r"--data\.path  \[31mred: no such folder"),
-        ("{}/cat.png", "is one file and not a parquet file; name the folder it is in"),
+        ("{}/cat.png", "is one file, and neither parquet nor safetensors; name the folder it is in"),
     ],
 )
 def test_a_path_that_names_nothing_is_one_line(tmp_path, path, message):

@@ -51,6 +51,15 @@ def num_chunks(source: ImageSource) -> int:
     return -(-source.length // CHUNK)
 
 
+def committed(staging: Path, number: int, fields: set[str]) -> dict[str, Any] | None:
+    """The content of a chunk's NUMBER.json, which has these fields; None where the chunk is not there as a whole."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        part = json.loads((staging / f"{number:07d}.json").read_text())
+        if isinstance(part, dict) and part.keys() == fields and (staging / f"{number:07d}.bin").stat().st_size == part["bytes"]:
+            return part
+    return None
+
+
 def encode(source: ImageSource, autoencoder: vae.VAE | None, staging: Path, number: int) -> dict[str, Any] | None:
     """Encode images CHUNK·number … into a chunk, unless it is there already. Returns the content of its NUMBER.json.
 
@@ -59,10 +68,8 @@ def encode(source: ImageSource, autoencoder: vae.VAE | None, staging: Path, numb
     if number * CHUNK >= source.length:
         return None
     file, commit = staging / f"{number:07d}.bin", staging / f"{number:07d}.json"
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        part = json.loads(commit.read_text())
-        if isinstance(part, dict) and part.keys() == COMMIT and file.stat().st_size == part["bytes"]:
-            return part
+    if found := committed(staging, number, COMMIT):
+        return found
     labels: list[int | None] = []
     skipped: list[tuple[str, str]] = []
     batch: list[Pixels] = []
@@ -159,19 +166,25 @@ def join(
         revision=source.revision,
         vae_sha256=autoencoder.sha256() if autoencoder else "",
     )
+    finish(manifest, staging, path)
+    return manifest
+
+
+def finish(manifest: Manifest, staging: Path, path: Path) -> None:
+    """Write the manifest of a pack whose data.bin is in the staging folder, and give the whole its name."""
+    whole = staging / "pack"
     write(whole / "manifest.json", [manifests.write(manifest)])
     whole.rename(path)
     files.sync_folder(path.parent)
     shutil.rmtree(staging, ignore_errors=True)
-    return manifest
 
 
-def reject(path: Path, skipped: list[Any], total: int, max_bad: float) -> None:
+def reject(path: Path, skipped: list[Any], total: int, max_bad: float, what: str = "images") -> None:
     """Write the report of what cannot be used, beside where the pack would be, and raise UserError."""
     report = path.with_name(path.name + ".rejected.txt")
     lines = [f"{name!r}: {reason}" for name, reason in skipped]
     write(report, ["\n".join([*lines, ""]).encode()])
-    found = f"{len(skipped):,} of {total:,} images cannot be used; {max_bad:.1%} are allowed; mend or remove them"
+    found = f"{len(skipped):,} of {total:,} {what} cannot be used; {max_bad:.1%} are allowed; mend or remove them"
     raise UserError(f"{found} ({plain('; '.join(lines[:3]))}; all in {plain(report)})")
 
 

@@ -15,13 +15,14 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from fastdit.config import Config, DataConfig, UserError, plain
-from fastdit.data import chunks, images, own
+from fastdit.data import array_chunks, chunks, images, own
 from fastdit.data import vae as autoencoders
+from fastdit.data.arrays import ArraySource, open_arrays
 from fastdit.data.cats import COLOURS
 from fastdit.data.decode import TRANSFORMS
 from fastdit.data.manifest import FORMAT
@@ -51,10 +52,9 @@ def ensure(
     path = once(world, lambda: folder(config.data))
     if not once(world, path.exists):
         cores = len(os.sched_getaffinity(0)) // world.local_size
-        source = every(world, lambda: images.open_images(config.data, threads=max(1, cores)))
+        source = every(world, lambda: open_source(config.data, threads=max(1, cores)))
         autoencoder = every(world, lambda: autoencoders.load(config.data, world.device) if config.data.vae else None)
-        shape = every(world, lambda: row_shape(source, autoencoder))
-        fit(config, shape, len(source.class_names) or int(source.labelled))  # said before the hours of encoding
+        every(world, lambda: fit(config, *fits(source, autoencoder)))  # said before the hours of encoding
         encode(source, autoencoder, world, path, config.data.max_bad, log, progress)
     elif world.rank == 0:
         shutil.rmtree(chunks.staging_of(path), ignore_errors=True)  # a kill between naming the pack and clearing up leaves it
@@ -122,6 +122,8 @@ def folder(data: DataConfig) -> Path:
     origin = images.origin(data)
     if origin.kind == "pack":
         return Path(origin.path).expanduser()
+    if origin.kind == "arrays":
+        return _arrays_folder(data, origin.path)
     autoencoder, revision = autoencoders.vae_name(data.vae) if data.vae else ("", None)
     follows_from = {
         "format": FORMAT,
@@ -138,12 +140,30 @@ def folder(data: DataConfig) -> Path:
         "vae_revision": revision or "",
         "files": ["" if origin.kind == "hub" and not Path(origin.path).is_dir() else _stamp(origin.path), _stamp(autoencoder)],
     }
-    digest = hashlib.sha256(json.dumps(follows_from, sort_keys=True).encode()).hexdigest()[:10]
     words = [
         {"cats": "cats", "hub": origin.path}.get(origin.kind, Path(origin.path).expanduser().resolve().name),
         "x".join(map(str, data.image_size)),
         autoencoder.rstrip("/").split("/")[-1],
     ]
+    return _named(data, words, follows_from)
+
+
+def _arrays_folder(data: DataConfig, path: str) -> Path:
+    follows_from = {
+        "format": FORMAT,
+        "source": "arrays",
+        "path": path,
+        "label_column": data.label_column,
+        "num_images": data.num_images or 0,
+        "normaliser": data.normaliser,
+        "files": _stamp(path),
+    }
+    return _named(data, [Path(path).expanduser().resolve().name], follows_from)
+
+
+def _named(data: DataConfig, words: list[str], follows_from: dict[str, Any]) -> Path:
+    """The folder of a pack, named so that a person can read it, and by a hash of all that its content follows from."""
+    digest = hashlib.sha256(json.dumps(follows_from, sort_keys=True).encode()).hexdigest()[:10]
     readable = "-".join(re.sub("[^A-Za-z0-9.]+", "-", word)[-40:].strip("-.") for word in words if word)
     return Path(data.packs) / f"{readable.lower()}-{digest}"
 
@@ -166,6 +186,20 @@ def _stamp(path: str) -> str:
     return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 
 
+def open_source(data: DataConfig, threads: int = 1) -> ImageSource | ArraySource:
+    """What a config's data are made of. Raises UserError where it cannot be had."""
+    kind = images.origin(data).kind
+    return open_arrays(data) if kind == "arrays" else images.open_images(data, threads=threads)
+
+
+def fits(source: ImageSource | ArraySource, autoencoder: autoencoders.VAE | None) -> tuple[tuple[int, ...], int, int, str]:
+    """what the pack of a source will have for `validation.fit`: all but the number of classes, where they have no names."""
+    classes = len(source.class_names) or int(source.labelled)
+    if isinstance(source, ArraySource):
+        return source.shape, classes, source.condition, source.normaliser
+    return row_shape(source, autoencoder), classes, 0, ""
+
+
 def row_shape(source: ImageSource, autoencoder: autoencoders.VAE | None) -> tuple[int, int, int]:
     """[C, h, w] of what the network will see of a source in colour. Raises UserError for a size the VAE cannot take."""
     rows, columns = source.image_size
@@ -178,8 +212,36 @@ def row_shape(source: ImageSource, autoencoder: autoencoders.VAE | None) -> tupl
     return autoencoder.channels, rows // autoencoder.factor, columns // autoencoder.factor
 
 
+class Work(NamedTuple):
+    """How the chunks of a source are made, and what joins them."""
+
+    total: int  # chunks
+    size: int  # items of one
+    what: str  # the items are
+    make: Callable[[int], dict[str, Any] | None]
+    join: Callable[[Path, list[dict[str, Any]], float], Manifest]
+
+
+def _work(source: ImageSource | ArraySource, autoencoder: autoencoders.VAE | None, staging: Path) -> Work:
+    if isinstance(source, ArraySource):
+        return Work(
+            array_chunks.num_chunks(source),
+            source.chunk,
+            "samples",
+            lambda number: array_chunks.encode(source, staging, number),
+            lambda path, parts, max_bad: array_chunks.join(source, staging, path, parts, max_bad),
+        )
+    return Work(
+        chunks.num_chunks(source),
+        chunks.CHUNK,
+        "images",
+        lambda number: chunks.encode(source, autoencoder, staging, number),
+        lambda path, parts, max_bad: chunks.join(source, autoencoder, staging, path, parts, max_bad),
+    )
+
+
 def encode(
-    source: ImageSource,
+    source: ImageSource | ArraySource,
     autoencoder: autoencoders.VAE | None,
     world: World,
     path: Path,
@@ -193,27 +255,27 @@ def encode(
         once(world, lambda: stack.enter_context(chunks.locked(staging)))
         if once(world, path.exists):  # another process finished it meanwhile
             return
-        total = chunks.num_chunks(source)
+        total, size, what, make, join = _work(source, autoencoder, staging)
         there = len(list(staging.glob("*.json")))
         log(f"encoding {plain(source.name)} into {plain(path)}; {there} of {total} chunks are there already")
         parts: list[dict[str, Any]] = []
         num_skipped = 0
         start = logged = time.monotonic()
         for first in range(0, total, world.size):
-            chunk = functools.partial(chunks.encode, source, autoencoder, staging, first + world.rank)
+            chunk = functools.partial(make, first + world.rank)
             for part in filter(None, gather(world, every(world, chunk))):
                 parts.append(part)
                 num_skipped += len(part["skipped"])
             if num_skipped > max_bad * source.length:
                 skipped = [row for part in parts for row in part["skipped"]]
-                once(world, functools.partial(chunks.reject, path, skipped, source.length, max_bad))
-            done = min((first + world.size) * chunks.CHUNK, source.length)
+                once(world, functools.partial(chunks.reject, path, skipped, source.length, max_bad, what))
+            done = min((first + world.size) * size, source.length)
             if progress:
                 progress(done, source.length, num_skipped)
             elif time.monotonic() - logged > 10:
                 logged = time.monotonic()
-                log(f"encoded {done:,} of {source.length:,} images")
-        manifest = once(world, lambda: chunks.join(source, autoencoder, staging, path, parts, max_bad))
-        log(f"encoded {manifest.count:,} images in {time.monotonic() - start:.1f} s; {num_skipped} skipped")
+                log(f"encoded {done:,} of {source.length:,} {what}")
+        manifest = once(world, lambda: join(path, parts, max_bad))
+        log(f"encoded {manifest.count:,} {what} in {time.monotonic() - start:.1f} s; {num_skipped} skipped")
     if not all(gather(world, path.exists())):
         raise UserError(f"{plain(path)} is not there on every node; --data.packs must be a folder that all nodes share")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastdit.config import DataConfig, UserError, plain
-from fastdit.data import cats, pack, tables
+from fastdit.data import arrays, cats, pack, tables
 from fastdit.data.decode import SUFFIXES
 from fastdit.data.source import ImageSource, Row
 
@@ -27,7 +27,7 @@ Parts = tuple[str, ...]  # a file's path below the folder of pictures, split at 
 class Origin(NamedTuple):
     """What --data.path names."""
 
-    kind: Literal["cats", "folder", "parquet", "pack", "hub"]
+    kind: Literal["cats", "folder", "parquet", "pack", "hub", "arrays"]
     path: str = ""  # as given; of the hub, OWNER/NAME
     split: str = "train"  # of a hub dataset
     revision: str = ""  # of a hub dataset: branch, tag or commit; empty for the newest
@@ -39,24 +39,28 @@ HUB = re.compile(r"(?P<name>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(:(?P<split>
 def kind_of(path: str | None) -> Origin:
     """What a path names; what is on the disk comes before the hub. Raises UserError where it can name nothing.
 
-    None: drawn cats. A folder: a pack where it holds one, else pictures (sub-folders are classes) or parquet files. A file:
-    parquet. Anything else must be a hub name, OWNER/NAME[:SPLIT][@REVISION].
+    None: drawn cats. A folder: a pack where it holds one, else arrays in safetensors files, else pictures (sub-folders are
+    classes) or parquet files. A file: safetensors, or parquet, of arrays where it has a column x. Anything else must be a hub
+    name, OWNER/NAME[:SPLIT][@REVISION].
     """
     if not path:
         return Origin("cats")
     place = os.path.expanduser(path)
     if os.path.isdir(place):
         packed = os.path.isfile(os.path.join(place, "manifest.json")) and os.path.isfile(os.path.join(place, "data.bin"))
-        return Origin("pack" if packed else "folder", path)
+        return Origin("pack" if packed else "arrays" if arrays.array_files(path) else "folder", path)
     if os.path.exists(place):
+        if place.endswith(".safetensors"):
+            return Origin("arrays", path)
         if not place.lower().endswith(".parquet"):
-            raise UserError(f"--data.path {plain(path)} is one file and not a parquet file; name the folder it is in")
-        return Origin("parquet", path)
+            raise UserError(
+                f"--data.path {plain(path)} is one file, and neither parquet nor safetensors; name the folder it is in"
+            )
+        return Origin("arrays" if arrays.is_parquet_of_arrays(path) else "parquet", path)
     if found := HUB.fullmatch(path):
         return Origin("hub", found["name"], found["split"] or "train", found["revision"] or "")
     raise UserError(
-        f"--data.path {plain(path)}: no such folder or parquet file, and not the name of a hub dataset, "
-        "OWNER/NAME[:SPLIT][@REVISION]"
+        f"--data.path {plain(path)}: no such folder or file, and not the name of a hub dataset, OWNER/NAME[:SPLIT][@REVISION]"
     )
 
 
@@ -72,6 +76,8 @@ def open_images(data: DataConfig, held_out: bool = False, threads: int = 1) -> I
         raise UserError(f"--data.path {plain(source.path)} has no held-out images of its own; name another split or folder")
     if source.kind == "cats":
         return _cats(data, held_out, threads)
+    if source.kind == "arrays":
+        raise UserError(f"--data.path {plain(source.path)} holds arrays, and no pictures")
     if source.kind == "pack":
         return _packed(data, Path(source.path).expanduser(), threads)
     if source.kind == "folder":
@@ -108,6 +114,8 @@ def _cats(data: DataConfig, held_out: bool, threads: int) -> ImageSource:
 def _packed(data: DataConfig, path: Path, threads: int) -> ImageSource:
     """The images of a pack of pixels; of latents, what was encoded is gone. Raises UserError."""
     m, opened = pack.open_data(path)
+    if m.arrays:
+        raise UserError(f"--data.path {plain(path)} is a pack of arrays, and holds no pictures")
     if m.vae:
         raise UserError(f"--data.path {plain(path)} is a pack of latents, and the images themselves are not in it")
     length = min(m.count, data.num_images or m.count)

@@ -63,7 +63,7 @@ class Manifest:
 
     @property
     def fits(self) -> tuple[tuple[int, ...], int, int, str]:
-        """What `config.fit` wants to know."""
+        """What `validation.fit` wants to know."""
         return self.image_shape, self.num_classes, self.condition, self.normaliser["kind"] if self.normaliser else ""
 
     @property
