@@ -12,8 +12,8 @@ _here = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != _here]
 
 # How long an OpenMP thread spins before it sleeps, where the user has not said. By default nearly for ever: beside one other
-# busy process each parallel region then waits for the scheduler, and training takes ten times as long; so few turns cost an
-# idle machine nothing. OpenMP reads it when torch loads, so a verb imports fastdit before torch.
+# busy process each parallel region then waits for the scheduler, and training may take ten times as long. docs/results.md has
+# what each count gives, alone and beside others. OpenMP reads it when torch loads, so a verb imports fastdit before torch.
 SPINS = "2000"
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = SPINS

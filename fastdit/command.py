@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,10 +64,14 @@ def parse_run(argv: Sequence[str], prog: str, description: str) -> tuple[Config,
     return _settings(list(argv[1:]), prog, description, saved), True
 
 
-def help_at_once(prog: str, description: str | None) -> None:
-    """Answer --help, where it is all that is asked."""
-    if sys.argv[1:] in (["--help"], ["-h"]):
-        _settings(["--help"], prog, description or "", RECIPES["cats"])
+def at_once(prog: str, description: str) -> None:
+    """What train.py can say before the seconds that torch takes to import: help, what is wrong with the options, or that it starts."""
+    process.outlive_terminal()
+    rank = int(os.environ.get("RANK", 0))
+    with _exits(rank):
+        parse_run(sys.argv[1:], prog, description)
+    if rank == 0:
+        print("starting: loading PyTorch", flush=True)
 
 
 def _settings(args: list[str], prog: str, description: str, default: Config) -> Config:
@@ -200,8 +204,15 @@ def exit_cleanly(main: Callable[[], int | None], rank: int = 0) -> None:
 
     Ctrl-C exits with 130 where nothing was there to save. torchrun is given the error too, for its summary.
     """
-    try:
+    with _exits(rank):
         sys.exit(main())
+
+
+@contextlib.contextmanager
+def _exits(rank: int) -> Iterator[None]:
+    """What is raised inside, as an exit status."""
+    try:
+        yield
     except RankError as error:
         _say(f"error: rank {rank}: {error}")
         sys.stdout.flush()

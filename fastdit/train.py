@@ -4,10 +4,11 @@
 """
 
 import fastdit  # noqa: F401  # isort: skip  before torch
+import sys  # isort: skip
 from fastdit import command  # isort: skip
 
-if __name__ == "__main__":
-    command.help_at_once("python fastdit/train.py", __doc__)  # and not after the seconds that torch takes to import
+if __name__ == "__main__" or sys.argv[0].endswith("fastdit-train"):
+    command.at_once("python fastdit/train.py", __doc__ or "")  # and not after the seconds that torch takes to import
 
 import dataclasses
 import functools

@@ -15,6 +15,7 @@ import torch
 from fastdit_kernels.reference import REFERENCE
 from torch.nn import functional as F
 
+import fastdit
 from fastdit import convert, evaluate, export, plan, report, sample
 from fastdit.command import _option_names, parse, parse_args, parse_run
 from fastdit.config import Config, replace
@@ -243,6 +244,19 @@ def test_the_table_of_kernels_is_that_of_the_json():
     last = rows["adamw_ema"]
     assert f"| 36.0 (36) | {last['instructions_per_element']:.0f} | {last['bound_us']['bytes']:.0f} µs |" in page
     assert {r["bound_by"] for op, r in rows.items() if "K=5" in op} == {"issue"}
+
+
+def test_the_table_of_busy_machines_is_that_of_the_json():
+    found = json.loads((ROOT / "bench" / "results" / "bench_busy-cpu.json").read_text())["rows"]
+    rates: dict[int, list[float]] = {}
+    for row in found:
+        rates.setdefault(row["GOMP_SPINCOUNT"], []).append(row["img_per_s"])
+    page = (ROOT / "docs" / "results.md").read_text()
+    said = re.findall(r"^\| \**(\d+)\b.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert {int(spins): list(map(float, figures)) for spins, *figures in said} == rates
+    ours, theirs = ([r["share_of_fair"] for r in found if r["GOMP_SPINCOUNT"] == n][1:] for n in (int(fastdit.SPINS), 300000))
+    assert min(ours) >= 0.8
+    assert "{:.2f} and {:.2f} of that were reached; with OpenMP's own count {:.2f} and {:.2f}".format(*ours, *theirs) in page
 
 
 def test_versions_agree():

@@ -1,5 +1,6 @@
 """This process and what it hangs on: the launcher that started it may die, and the terminal it prints to may go away."""
 
+import codecs
 import contextlib
 import ctypes
 import io
@@ -9,13 +10,16 @@ import sys
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+ASCII = {"×": "x", "…": "...", "·": "*", "−": "-", "–": "-", "—": "-", "’": "'"}  # what our lines hold besides ASCII
 
 
 def outlive_terminal() -> None:
     """Go on when nobody reads what this process prints: a closed pipe or terminal takes the output, and nothing fails.
 
-    What an ASCII terminal cannot show is printed as an escape. Streams that a program has put in their place stay.
+    What an ASCII terminal cannot show is printed by its like in ASCII, 4 × 2 as 4 x 2, or as an escape. Streams that a program
+    has put in their place stay.
     """
+    codecs.register_error("ascii-like", _ascii_like)
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:  # closed before the start
@@ -25,9 +29,15 @@ def outlive_terminal() -> None:
                 stream.flush()
             raw = _Lasting(number, "w", closefd=False)
             lasting = io.TextIOWrapper(
-                io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True, write_through=name == "stderr"
+                io.BufferedWriter(raw), stream.encoding, "ascii-like", line_buffering=True, write_through=name == "stderr"
             )
             setattr(sys, name, lasting)
+
+
+def _ascii_like(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
 
 
 class _Lasting(io.FileIO):
