@@ -65,7 +65,7 @@ def parse_run(argv: Sequence[str], prog: str, description: str) -> tuple[Config,
 
 
 def at_once(prog: str, description: str) -> None:
-    """What train.py can say before the seconds that torch takes to import: help, what is wrong with the options, or that it starts."""
+    """What train.py can say before the seconds that torch takes to import: help, an error in the options, or that it starts."""
     process.outlive_terminal()
     rank = int(os.environ.get("RANK", 0))
     with _exits(rank):
