@@ -6,6 +6,7 @@ of a checkpoint is known to runtime/saved.py.
 
 import json
 import os
+import secrets
 import shutil
 import threading
 import warnings
@@ -41,6 +42,7 @@ class Checkpoints:
         group: dist.ProcessGroup | None = None,
         timeout: timedelta = timedelta(minutes=10),
         say: Callable[[str], None] = print,
+        alone: Callable[[], bool] = lambda: True,
     ):
         """Touches nothing on the disk.
 
@@ -50,8 +52,10 @@ class Checkpoints:
             group: a gloo group that nothing else uses, since a background thread does; None makes one.
             timeout: how long a rank waits for the others, for the group that is made.
             say: called on rank 0 with a line for the user, when a damaged checkpoint is passed over.
+            alone: whether rank 0 holds the run's lock, so that no other process saves here; only then others' leftovers go.
         """
-        self.folder, self.keep, self.fingerprint, self.say = Path(folder), keep, fingerprint, say
+        self.folder, self.keep, self.fingerprint, self.say, self.alone = Path(folder), keep, fingerprint, say, alone
+        self.mark = secrets.token_hex(4)  # in the names of what this process has under way
         self.group: Any = group
         if group is None and dist.is_initialized():
             self.group = dist.new_group(backend="gloo", timeout=timeout)
@@ -120,22 +124,23 @@ class Checkpoints:
             self._error = error
 
     def _write(self, name: str, pieces: list[Piece], about: dict, weights: dict[str, Tensor]) -> None:
-        aside, final = self.folder / f"{name}.tmp", self.folder / name
+        final = self.folder / name
 
-        def begin() -> bool:
-            """Whether there is something to write. A weight once NaN stays NaN: nobody wants to go on from there."""
+        def begin() -> str:
+            """Rank 0's name to write under; "" where nothing is to be written. A weight once NaN stays NaN: nobody wants it."""
             for piece in pieces:
                 if piece.shard.is_floating_point() and not piece.shard.isfinite().all():
                     raise ValueError(f"{piece.name} is not finite")
             if self.rank != 0:
-                return True
+                return ""
             self._tidy()
             if final.exists() and not saved.damage(final, 0, 1):
-                return False
-            (aside / SHARDS).mkdir(parents=True)
-            return True
+                return ""
+            aside = f"{name}.{self.mark}.tmp"
+            (self.folder / aside / SHARDS).mkdir(parents=True)
+            return aside
 
-        def write() -> dict[str, Written]:
+        def write(aside: Path) -> dict[str, Written]:
             written = {}
             if pieces:
                 shard = f"{SHARDS}/{self.rank:05d}-of-{self.world:05d}.safetensors"
@@ -144,7 +149,7 @@ class Checkpoints:
                 written[WEIGHTS] = write_safetensors(aside / WEIGHTS, weights, {"format": "pt"})
             return written
 
-        def finish(files: dict[str, Written]) -> None:
+        def finish(aside: Path, files: dict[str, Written]) -> None:
             if self.rank != 0:
                 return
             about["files"] = {n: f.size for n, f in files.items()}
@@ -161,12 +166,13 @@ class Checkpoints:
                 self.say(f"an old checkpoint was not removed: {error}")
 
         try:
-            if all(self._together(begin, name)):
-                files = {n: f for part in self._together(write, name) for n, f in part.items()}
-                self._together(lambda: finish(files), name)
+            if under_way := self._together(begin, name)[0]:
+                aside = self.folder / under_way
+                files = {n: f for part in self._together(lambda: write(aside), name) for n, f in part.items()}
+                self._together(lambda: finish(aside, files), name)
         except BaseException:
             if self.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)  # on a full disk it is in the way
+                shutil.rmtree(self.folder / f"{name}.{self.mark}.tmp", ignore_errors=True)  # on a full disk it is in the way
             raise
 
     def _together(self, step: Callable[[], T], name: str) -> list[T]:
@@ -194,9 +200,9 @@ class Checkpoints:
         return every
 
     def _tidy(self) -> None:
-        """Remove what a killed save left. Only the first save does: another process may read this folder meanwhile."""
+        """Remove what killed saves of this run left, once; not beside another process, which may have a save under way."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self._tidied:
+        if not self._tidied and self.alone():
             for entry in list(os.scandir(self.folder)):
                 if LEFTOVER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path)
@@ -205,7 +211,7 @@ class Checkpoints:
     def _remove(self, final: Path) -> None:
         """Remove a checkpoint so that, killed half-way, it is gone rather than damaged."""
         if os.path.lexists(final):
-            doomed = final.with_name(f"{final.name}.old.tmp")
+            doomed = final.with_name(f"{final.name}.old.{self.mark}.tmp")
             os.rename(final, doomed)
             shutil.rmtree(doomed)
 

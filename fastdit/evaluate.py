@@ -77,6 +77,7 @@ def evaluate(options: Options) -> None:
     require(metric)
 
     world = ranks.init(config.parallel)
+    found = ranks.once(world, lambda: found)  # a run that goes on may have a newer checkpoint by now
     console = Console(quiet=world.rank > 0)
     folder = ranks.once(world, lambda: prepare(options, config, found, world.device))
     missing = ranks.once(world, lambda: [c for c in chunks(num) if not whole(folder / name(c), c, config)])

@@ -70,6 +70,7 @@ def sample(options: Options) -> None:
         return
 
     world = ranks.init(config.parallel)
+    weights = ranks.once(world, lambda: weights)  # a run that goes on may have a newer checkpoint by now
     model = ranks.every(world, lambda: load_model(weights, config, world))
     if options.compile:
         sampling.compiled(model, world.device)

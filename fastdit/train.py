@@ -132,7 +132,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
     objective = choose_objective(config, world.device)
 
     # Where the run stands.
-    checkpoints = Checkpoints(kept, config.log.keep, timeout=timeout)
+    checkpoints = Checkpoints(kept, config.log.keep, timeout=timeout, alone=lambda: lock.file is not None)
     images_seen, window = resume(checkpoints, optimizer, pack, batch, folder)
 
     # What it reports.

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from fastdit import checkpoint
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import TrainConfig, UserError
 from fastdit.optim import Optimizer
@@ -424,13 +425,53 @@ def test_only_exact_names_are_removed(folder, tmp_path):
     for name in ("000000000001", "000000000002.tmp"):
         os.symlink(tmp_path / "elsewhere", folder / name)
     (folder / "000000000003.tmp").write_text("a file")
-    for name in ("000000000004.tmp", "000000000005.old.tmp"):  # what kills leave
+    for name in ("000000000004.tmp", "000000000005.old.tmp", "000000000006.0123abcd.tmp"):  # what kills leave
         (folder / name).mkdir()
     for seen in (10, 20, 30):
         save_one(folder, seen, keep=1)
     left = {*strangers, "000000000001", "000000000002.tmp", "000000000003.tmp", "000000000030"}
     assert set(os.listdir(folder)) == left
     assert (tmp_path / "elsewhere" / "precious").exists()
+
+
+def test_beside_another_process_only_what_it_made_itself_is_removed(folder):
+    """Where no lock says that this process is alone, a folder that is being written may be another's."""
+    others = ("000000000001.tmp", "000000000002.0123abcd.tmp", "000000000003.old.0123abcd.tmp")
+    for name in others:
+        (folder / name / "shards").mkdir(parents=True)
+    run = Checkpoints(folder, 1, alone=lambda: False)
+    for seen in (1, 2):
+        run.save(seen, values(seen), {})
+    run.wait()
+    assert set(os.listdir(folder)) == {*others, "000000000002"}
+    run = Checkpoints(folder, 1)
+    run.save(3, values(3), {})
+    run.wait()
+    assert os.listdir(folder) == ["000000000003"]
+
+
+def save_in_turn(folder: Path, seen: int) -> None:
+    """Two processes save the same images, each for itself and both at once."""
+    rank = os.environ["RANK"]
+    write = checkpoint.write_shard
+
+    def together(path, pieces):
+        (folder.parent / f"ready{rank}").touch()
+        while len(list(folder.parent.glob("ready?"))) < 2:
+            time.sleep(0.01)
+        return write(path, pieces)
+
+    checkpoint.write_shard = together
+    run = Checkpoints(folder, 3, alone=lambda: False)
+    run.save(seen, values(seen), {"seen": seen})
+    run.wait()
+
+
+def test_two_processes_that_save_the_same_step_leave_one_sound_checkpoint(run_ranks, folder):
+    ends = run_ranks.outcomes(2, save_in_turn, folder, 5, init=False)
+    assert [end.code for end in ends] == [0, 0], ends
+    assert os.listdir(folder) == ["000000000005"]
+    assert equal(load_newest(folder)[2], values(5))
 
 
 def test_saving_the_same_images_again_keeps_the_sound_one(three):

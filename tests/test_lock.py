@@ -92,7 +92,7 @@ def test_a_second_start_of_one_command_loses_nothing(tmp_path):
     with (tmp_path / "log").open("w") as log:
         first = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": path})
         end = time.monotonic() + 120
-        while saved.newest(run) is None and first.poll() is None and time.monotonic() < end:
+        while saved.newest(run / "checkpoints") is None and first.poll() is None and time.monotonic() < end:
             time.sleep(0.2)
         second = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
         assert first.poll() is None, (tmp_path / "log").read_text()

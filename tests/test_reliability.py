@@ -28,7 +28,7 @@ import torch.utils.tensorboard  # here, as what follows: a rank is a fork, and n
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch.distributed.tensor import DTensor
 
-from fastdit import command, pictures, sampling, train
+from fastdit import command, evaluate, export, pictures, sample, sampling, train
 from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, TrainConfig
@@ -38,7 +38,7 @@ from fastdit.model import DiT
 from fastdit.optim import Optimizer, Spikes
 from fastdit.planning import memory
 from fastdit.recipes import RECIPES
-from fastdit.runtime import ranks, sharding
+from fastdit.runtime import ranks, saved, sharding
 from fastdit.runtime.run import save_config
 from fastdit.runtime.tensors import load_weights
 from fastdit.weights import start
@@ -718,6 +718,54 @@ def test_a_failure_on_one_rank_is_said_once_and_by_all_left(run_ranks, packs, tm
     assert [end.code for end in ends] == [2, 1, 2], ends
     assert "error: rank 1: KeyError: 'a reason'" in ends[0].output
     assert "KeyError" in ends[1].error
+
+
+# --- other verbs beside a training ---
+
+
+def train_or_read(config: Config, out: Path, tries: int) -> dict[str, int]:
+    """Rank 0 trains, and saves at every step. Rank 1, for itself, reads its newest checkpoint by each verb, then stops it."""
+    reading = os.environ["RANK"] == "1"
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    os.environ["MASTER_PORT"] = str(random.randrange(10_000, 30_000))
+    if not reading:
+        (out / "pid").write_text(str(os.getpid()))
+        assert train.train(config) == 128 + signal.SIGTERM
+        return {}
+    source, seen = Path(config.run.folder) / "tiny", set()
+    while saved.newest(source / "checkpoints") is None:
+        time.sleep(0.05)
+    counts = {"read": 0, "refused": 0}
+    for n in range(tries):
+        made = out / str(n)
+        for verb, options in (
+            (sample.sample, sample.Options(str(source), num_images=1, steps=1, out=str(made / "pictures"))),
+            (export.export, export.Options(str(source), out=str(made / "ema"))),
+            (export.export, export.Options(str(source), weights="live", out=str(made / "live"))),
+            (evaluate.evaluate, evaluate.Options(str(source), num_images=16, metric="none", steps=1, out=str(made / "made"))),
+        ):
+            try:
+                verb(options)
+                counts["read"] += 1
+            except C.UserError:  # four steps later that checkpoint is gone
+                counts["refused"] += 1
+        seen |= {load_weights(file)[0]["x_embedder.bias"].sum().item() for file in made.rglob("model.safetensors")}
+    os.kill(int((out / "pid").read_text()), signal.SIGTERM)
+    return counts | {"seen": len(seen)}
+
+
+@counts(3, 25)
+def test_other_verbs_read_a_run_that_goes_on(run_ranks, packs, tmp_path, count, soaked):
+    """Each save renames a folder into place, and a fourth one removes the oldest, while others look for the newest."""
+    lengths = {"images": 10**7, "lr_decay": "constant"}
+    often = {"save_every": BATCH, "sample_every": 10**9, "print_every": 100 * BATCH}
+    _, found = run_ranks(
+        2, train_or_read, tiny(tmp_path, packs, train=lengths, log=often), tmp_path, count, init=False, timeout=600
+    )
+    assert found["read"] + found["refused"] == 4 * count, found
+    assert found["read"] >= 0.9 * 4 * count, found
+    assert found["seen"] > 1, found
+    soaked("sampling, export and evaluation beside a training that saves at every step", tried=4 * count, **found)
 
 
 # --- bad configurations reach nothing ---

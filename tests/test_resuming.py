@@ -10,6 +10,7 @@ from fastdit import config as C
 from fastdit import evaluate, export, report, sample, train
 from fastdit.command import parse_run
 from fastdit.config import Config, UserError
+from fastdit.recipes import RECIPES
 from fastdit.runtime import saved
 from fastdit.runtime.run import checkpoints_of, load_config, save_config
 from fastdit.weights.folder import load, locate
@@ -20,7 +21,7 @@ BATCH = 16
 def tiny(folder: Path, disk: Path | None, **groups) -> Config:
     """Four steps of 16 images, a checkpoint after every second one."""
     config = C.replace(
-        C.RECIPES["cats"],
+        RECIPES["cats"],
         run={"name": "tiny", "folder": str(folder / "runs"), "checkpoints": None if disk is None else str(disk)},
         data={"num_images": 64, "packs": str(folder / "packs")},
         model={"patch": 8, "depth": 1, "width": 32, "num_heads": 2},

@@ -6,7 +6,7 @@
         checkpoint.json                     images seen, world size, sizes, and the caller's state
         SHA256SUMS                          written last
 
-It is written as 000000012800.tmp, and renamed once the disk has confirmed all of it.
+It is written as 000000012800.MARK.tmp, and renamed once the disk has confirmed all of it.
 """
 
 import json
@@ -23,7 +23,7 @@ FORMAT = 1
 ABOUT, WEIGHTS, SHARDS = "checkpoint.json", "ema.safetensors", "shards"
 FILES = r"checkpoint\.json|ema\.safetensors|shards/[0-9]{5}-of-[0-9]{5}\.safetensors"
 LIMIT = 16 << 20  # bytes of checkpoint.json; a real one has thousands
-FOLDER, LEFTOVER = re.compile(r"[0-9]{12}"), re.compile(r"[0-9]{12}(\.old)?\.tmp")
+FOLDER, LEFTOVER = re.compile(r"[0-9]{12}"), re.compile(r"[0-9]{12}(\.old)?(\.[0-9a-f]{8})?\.tmp")
 
 
 def newest(folder: Path) -> Path | None:
