@@ -4,6 +4,7 @@ Every figure is of the interval since the line before, training only: sampling a
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -19,9 +20,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
 from torch import Tensor
 
-from fastdit.config import LogConfig, UserError
+from fastdit.config import Config, UserError
 from fastdit.runtime.files import read_file, write_text
 from fastdit.runtime.hardware import Energy, memory_gib, peak_tflops
+from fastdit.runtime.ranks import World
 from fastdit.runtime.trackers import Trackers, require_wandb
 
 REFRESH_S = 0.5  # seconds between two drawings of the progress bar
@@ -32,58 +34,54 @@ class Meter:
     """The figures of one run. Every rank makes one and calls add, due, report and paused; only rank 0's shows anything.
 
     batch_images is the images of one optimizer step over all ranks, flops_per_image a training step's, forward and backward.
-    local_world is the ranks of this node, whose GPUs' energy is read. settings goes to Weights & Biases with the run.
+    The energy is that of this node's GPUs.
     Lines of metrics.jsonl beyond resumed_images are dropped: they will come again.
     """
 
     def __init__(
         self,
         folder: Path,
-        log: LogConfig,
+        config: Config,
+        world: World,
         *,
-        total_images: int,
         batch_images: int,
         flops_per_image: float,
-        device: torch.device | str,
-        rank: int = 0,
-        world: int = 1,
-        local_world: int | None = None,
         resumed_images: int = 0,
-        settings: Mapping[str, Any] | None = None,
         console: Console | None = None,
     ):
+        log = config.log
         require_wandb(log.wandb)
-        self.total_images, self.batch_images, self.flops_per_image = total_images, batch_images, flops_per_image
-        self.rank, self.world, self.device = rank, world, torch.device(device)
-        self.print_every = max(log.print_every or total_images // 200, 1)
+        self.total_images, self.batch_images, self.flops_per_image = config.train.images, batch_images, flops_per_image
+        self.rank, self.world, self.device = world.rank, world.size, world.device
+        self.print_every = max(log.print_every or self.total_images // 200, 1)
         self.window = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss · images, norm · images, images
         self.seen = resumed_images  # at the last line
         self.seconds = 0.0  # of training, over all runs of the folder, at the last line
         self.paused_s = self.paused_j = 0.0  # since the last line
         self.averaged_images, self.averaged_s = 0, 0.0  # over all lines but the first, which compiles
         self.first = True
-        if rank:
+        if self.rank:
             return
 
         self.console = console or Console()
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.peak = peak_tflops(name, log.peak_tflops)
-        local_gpus = min(torch.cuda.device_count(), local_world or world) if self.device.type == "cuda" else 0
-        self.local_share = local_gpus / world  # of the images that the GPUs whose energy is read have seen
+        local_gpus = min(torch.cuda.device_count(), world.local_size) if self.device.type == "cuda" else 0
+        self.local_share = local_gpus / world.size  # of the images that the GPUs whose energy is read have seen
         self.energy = Energy(local_gpus)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         last = _keep_lines(self.path, resumed_images)
         if last is not None:
             self.seconds = last.get("seconds", 0.0)
-        self.trackers = Trackers(folder, log.wandb, resumed_images, settings or {}, self.say)
+        self.trackers = Trackers(folder, log.wandb, resumed_images, dataclasses.asdict(config), self.say)
         self.bar: Progress | None = None
         if self.console.is_terminal:
             figures = TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=False))
             columns = TaskProgressColumn(), BarColumn(bar_width=12), figures
             # No thread refreshes it: that would take the interpreter from the step ten times a second.
             self.bar = Progress(*columns, console=self.console, auto_refresh=False)
-            self.task = self.bar.add_task("", total=total_images, completed=resumed_images, figures="starting")
+            self.task = self.bar.add_task("", total=self.total_images, completed=resumed_images, figures="starting")
             self.refreshed = 0.0  # when the bar was last drawn
         self._start_interval()
 

@@ -10,7 +10,6 @@ from fastdit import command  # isort: skip
 if __name__ == "__main__" or sys.argv[0].endswith("fastdit-train"):
     command.at_once("python fastdit/train.py", __doc__ or "")  # and not after the seconds that torch takes to import
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from datetime import timedelta
@@ -141,26 +140,15 @@ def train(config: Config, on_purpose: bool = False) -> int:
     judge = ranks.every(world, lambda: references.of(config, world.device) if scored else None)
     ranks.once(world, lambda: start_run(config, folder, changed, images_seen, lock))
     ranks.once(world, lambda: classes.write(folder, pack.manifest.class_names))
-    meter = Meter(
-        folder,
-        config.log,
-        total_images=config.train.images,
-        batch_images=batch,
-        flops_per_image=train_flops_per_image(config.model),
-        device=world.device,
-        rank=world.rank,
-        world=world.size,
-        local_world=world.local_size,
-        resumed_images=images_seen,
-        settings=dataclasses.asdict(config),
-    )
+    flops = train_flops_per_image(config.model)
+    meter = Meter(folder, config, world, batch_images=batch, flops_per_image=flops, resumed_images=images_seen)
     meter.restore(window)
     run = Run(config, folder, world, batch, pack, model, optimizer, objective, checkpoints, autoencoder, judge, meter)
     if world.rank == 0:
         for change in changed:
             print(f"changed on purpose, from {images_seen:,} images on: {change}", flush=True)
         parameters = sum(p.numel() for p in model.parameters())
-        panel.show(panel.facts(config, folder, world, pack, parameters, train_flops_per_image(config.model), images_seen))
+        panel.show(panel.facts(config, folder, world, pack, parameters, flops, images_seen))
     profiler = Profiler(folder / "profile", 0 if world.rank else config.profile, world.device, meter.say)
 
     graph = None

@@ -15,10 +15,11 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import meter
-from fastdit.config import LogConfig, UserError
+from fastdit.config import Config, LogConfig, TrainConfig, UserError
 from fastdit.meter import Meter
 from fastdit.runtime import hardware, trackers
 from fastdit.runtime.hardware import Energy, memory_gib, peak_tflops
+from fastdit.runtime.ranks import World
 
 
 class Clock:
@@ -44,8 +45,11 @@ def no_tensorboard(monkeypatch, request):
 def make(folder, log=LogConfig(print_every=200), terminal=False, **changes):  # noqa: B008
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=200)
-    settings = {"total_images": 1000, "batch_images": 100, "flops_per_image": 2e9, "device": "cpu", "console": console}
-    return Meter(Path(folder), log, **(settings | changes)), out
+    size, rank = changes.pop("world", 1), changes.pop("rank", 0)
+    world = World(rank, size, rank, changes.pop("local_world", size), torch.device(changes.pop("device", "cpu")))
+    config = Config(log=log, train=TrainConfig(images=changes.pop("total_images", 1000)))
+    figures = {"batch_images": 100, "flops_per_image": 2e9, "console": console}
+    return Meter(Path(folder), config, world, **(figures | changes)), out
 
 
 def lines(folder):
@@ -437,7 +441,7 @@ def test_wandb(tmp_path, clock, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     for resumed in (0, 100):
-        m, _ = make(tmp_path / "run", LogConfig(wandb="cats"), resumed_images=resumed, settings={"lr": 1.0})
+        m, _ = make(tmp_path / "run", LogConfig(wandb="cats"), resumed_images=resumed)
         m.add(scalar(0.5), scalar(1), 100)
         clock.now += 1
         m.report(resumed + 100, lr=1.0)
@@ -445,7 +449,7 @@ def test_wandb(tmp_path, clock, monkeypatch):
         m.close()
     assert [c["project"] for c in fake.calls] == ["cats", "cats"]
     assert fake.calls[0]["id"] == fake.calls[1]["id"]
-    assert fake.calls[0]["config"] == {"lr": 1.0}
+    assert fake.calls[0]["config"]["train"]["images"] == 1000
     assert [entry["images"] for entry in fake.logged] == [100, 100, 200, 200]
     assert fake.logged[0]["loss"] == 0.5
     assert fake.logged[1]["samples"] == ("image", str(tmp_path / "grid.png"))

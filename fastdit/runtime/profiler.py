@@ -15,8 +15,8 @@ KINDS = {
     "communication": r"nccl|gloo|c10d|record_param_comms|all_?gather(?!_copy)|reduce_scatter(?!_copy)|all_?reduce",
     "sharding's copies": r"fsdp::|chunk_cat|split_with_sizes_copy",
     "optimizer and EMA": r"adam|fused_sgd|foreach|multi_tensor|lpnorm",
-    "attention": r"scaled_dot|flash|fmha|attention|softmax|\bbmm|baddbmm",
-    "GELU and convolution": r"gelu|dwconv|conv(?!ert)",
+    "attention": r"scaled_dot|flash|fmha|attention|sdpa|compute_dot_do_o|softmax|\bbmm|baddbmm",
+    "GELU and convolution": r"gelu|dwconv|conv(?!ert)|[dw]grad|fprop|implicit_gemm",
     "norms and residuals": r"ln_modulate|sum_partials|layer_norm|layernorm|rms_norm|addcmul",
     "matrix products": r"gemm|cutlass|nvjet|xmma|\baddmm|\bmm\b|::linear|matmul|mkldnn_linear",
     "compiled pointwise": r"triton_|cpp_fused",
@@ -37,55 +37,54 @@ class Kind(NamedTuple):
 
 
 class Profiler:
-    """Traces `steps` training steps after WARM others. Call `step` after each one. With steps 0 it does nothing at all.
+    """Traces `steps` training steps after the first WARM + 1. Call `step` after each one. With steps 0 it does nothing at all.
 
     Written to folder: IMAGES.json.gz, for ui.perfetto.dev or chrome://tracing, and IMAGES.txt, the table that `say` also gets.
     """
 
-    WARM = 3  # compiling, and the first allocations
+    WARM = 3  # compiling, and the first allocations; the profiler's own first step follows and is not counted either
 
     def __init__(self, folder: Path, steps: int, device: torch.device, say: Callable[[str], None]):
         self.folder, self.steps, self.device, self.say = folder, steps, device, say
-        self.done = 0
-        self.trace: Any = None
+        self.done, self.trace = 0, None
+        if steps:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+            when = schedule(wait=self.WARM, warmup=1, active=steps, repeat=1)
+            self.trace = profile(activities=activities, schedule=when, on_trace_ready=self._write, acc_events=True)
+            self.trace.start()
 
     def step(self, images_seen: int) -> None:
-        if not self.steps:
+        if self.trace is None:
             return
-        self.done += 1
-        if self.done == self.WARM:
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-            self.trace = profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=self.steps), acc_events=True)
-            self.trace.start()
-        elif self.trace is not None:
-            self._synchronize()
-            if self.done == self.WARM + 1:  # the profiler's own first step is not counted
-                self.started = perf_counter()
-            if self.done > self.WARM + self.steps:
-                seconds = (perf_counter() - self.started) / self.steps
-                self.close()
-                self._write(images_seen, seconds)
-                self.steps = 0
-            else:
-                self.trace.step()
+        self.done, self.images_seen = self.done + 1, images_seen
+        if self.done > self.WARM and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.done == self.WARM + 1:
+            self.started = perf_counter()
+        self.now = perf_counter()
+        self.trace.step()
+        if self._complete():
+            self.close()
 
     def close(self) -> None:
         """Stop tracing, if it is still on because the run ended first."""
         if self.trace is not None:
             self.trace.stop()
-            self.stopped, self.trace = self.trace, None
+            self.trace = None
 
-    def _write(self, images_seen: int, seconds: float) -> None:
+    def _complete(self) -> bool:
+        return self.done == self.WARM + 1 + self.steps
+
+    def _write(self, trace: profile) -> None:
+        if not self._complete():  # the run ended first
+            return
+        seconds = (self.now - self.started) / self.steps
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{images_seen:09d}.json.gz"
-        self.stopped.export_chrome_trace(str(path))
-        text = table(kinds(own_times(self.stopped.key_averages(), self.device), self.steps), seconds, self.steps)
-        path.with_name(f"{images_seen:09d}.txt").write_text(text + "\n")
+        path = self.folder / f"{self.images_seen:09d}.json.gz"
+        trace.export_chrome_trace(str(path))
+        text = table(kinds(own_times(trace.key_averages(), self.device), self.steps), seconds, self.steps)
+        path.with_name(f"{self.images_seen:09d}.txt").write_text(text + "\n")
         self.say(f"{text}\n{path}")
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def own_times(events: Any, device: torch.device) -> dict[str, tuple[float, int]]:
