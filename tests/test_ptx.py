@@ -114,33 +114,45 @@ def test_compiled_code_meets_the_bar_everywhere(errors, compiled, ptx_table, op,
 WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "averages")
 
 
-def adamw_meets_its_bar(compiled, table, arch, step, offset, shift, beta2):
-    """offset: where gradients begin, in numbers; shift: where all else does. Bars are those of test_adamw_ema.py."""
-    given, settings = adamw.tensors(torch.device("cpu"), offset=offset, step=step), adamw.SETTINGS | {"beta2": beta2}
+def reachable(given: dict) -> dict[str, torch.Tensor]:
+    """What adamw_ema finds by its table of addresses."""
+    return {f"{name}[{i}]": t for name in (*adamw.LISTS, "copies") for i, t in enumerate(given.get(name, []))}
+
+
+def adamw_meets_its_bar(compiled, table, arch, step, offset, shift, beta2, grad=FP32, copy=None):
+    """offset: where gradients begin, in numbers; shift: where all else does. Bars are those of test_adamw_ema.py.
+
+    grad and copy: the dtypes of gradients and copies.
+    """
+    given = adamw.tensors(torch.device("cpu"), offset=offset, step=step, grad=grad, copy=copy)
+    settings, kinds = adamw.SETTINGS | {"beta2": beta2}, SHORT[grad] + (f" and copies in {SHORT[copy]}" if copy else "")
     truth, eager = adamw.cast(given, torch.float64), adamw.cast(given, torch.float32)
     reference.adamw_ema(**truth, **settings)
     adamw.pytorch(eager, **settings)
     for sign in (1, -1):
-        ours = given | {name: [beside(t, shift) for t in given[name]] for name in WRITTEN}
+        ours = given | {name: [beside(t, shift) for t in given[name]] for name in (*WRITTEN, "copies") if name in given}
         launched = compiled(arch, sign)
-        launched.reachable = {f"{name}[{i}]": t for name in adamw.LISTS for i, t in enumerate(ours[name])}
+        launched.reachable = reachable(ours)
         adamw_ema(**ours, **settings)
         assert launched.launches
         for name in WRITTEN:
-            lists = (ours[name], eager[name], truth[name])
-            # All as one, and each but those of one number, whose rounding is luck: within an ulp or two in PyTorch as well.
-            compared = [tuple(torch.cat([t.flatten() for t in tensors]) for tensors in lists)]
-            compared += [triple for triple in zip(*lists, strict=True) if triple[0].numel() > 1]
-            for mine, theirs, exact in compared:
+            for mine, theirs, exact in adamw.compared(ours[name], eager[name], truth[name]):
                 error, other = (float((t.double() - exact).norm() / exact.norm()) for t in (mine, theirs))
                 limit = max(1.1 * other, 1e-7)
-                table.add(f"adamw_ema, sm_{arch}, fp32", error, limit)
+                table.add(f"adamw_ema, sm_{arch}, {kinds}", error, limit)
                 assert error <= limit, (name, tuple(exact.shape), sign, error, other)
+        for written, p in zip(ours.get("copies", []), ours["params"], strict=copy is not None):
+            assert torch.equal(written, p.to(copy))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_adamw_ema_on_unaligned_shards(compiled, ptx_table, arch):
     adamw_meets_its_bar(compiled, ptx_table, arch, step=200, offset=1, shift=0, beta2=0.999)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_adamw_ema_on_a_network_of_16_bits(compiled, ptx_table, arch):
+    adamw_meets_its_bar(compiled, ptx_table, arch, step=200, offset=0, shift=0, beta2=0.999, grad=BF16, copy=BF16)
 
 
 @pytest.mark.ptx
@@ -149,17 +161,19 @@ def test_adamw_ema_on_unaligned_shards(compiled, ptx_table, arch):
     ("step", "offset", "shift", "beta2"),
     [*itertools.product([1, 5, 105, 100_000], [0, 1, 4], [0, 3], [0.999]), (1, 0, 0, 0.0), (7, 0, 0, 0.95)],
 )
-def test_adamw_ema_everywhere(compiled, ptx_table, arch, step, offset, shift, beta2):
-    adamw_meets_its_bar(compiled, ptx_table, arch, step, offset, shift, beta2)
+@pytest.mark.parametrize(("grad", "copy"), adamw.KINDS)
+def test_adamw_ema_everywhere(compiled, ptx_table, arch, step, offset, shift, beta2, grad, copy):
+    adamw_meets_its_bar(compiled, ptx_table, arch, step, offset, shift, beta2, grad, copy)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_found_inf_changes_no_bit(compiled, arch):
-    given = adamw.tensors(torch.device("cpu"))
+@pytest.mark.parametrize(("grad", "copy"), adamw.KINDS[:2])
+def test_found_inf_changes_no_bit(compiled, arch, grad, copy):
+    given = adamw.tensors(torch.device("cpu"), grad=grad, copy=copy)
     given["found_inf"].fill_(1)
     before = adamw.bits(given)
     launched = compiled(arch)
-    launched.reachable = {f"{name}[{i}]": t for name in adamw.LISTS for i, t in enumerate(given[name])}
+    launched.reachable = reachable(given)
     adamw_ema(**given, **adamw.SETTINGS)
     assert all(torch.equal(a, b) for a, b in zip(before, adamw.bits(given), strict=True))
 

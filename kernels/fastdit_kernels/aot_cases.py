@@ -96,20 +96,25 @@ def gelu_dwconv_cases(B: int, side: int, F: int, K: int, arch: int) -> list[Case
 
 
 def adamw_ema_cases(D: int) -> list[Case]:
-    """Tensors of a block's shapes: its four matrices' worth of numbers, and biases."""
+    """Tensors of a block's shapes: its four matrices' worth of numbers, and biases. All fp32; then with gradients and copies in
+    16 bits, as a network has them that computes in these.
+    """
     shapes = ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D), (3 * D,), (D,), (4 * D,), (D,))
-    tensors = [meta(*shape, dtype=torch.float32) for shape in shapes]
+    tensors, copies = ([meta(*shape, dtype=dtype) for shape in shapes] for dtype in (torch.float32, torch.bfloat16))
     numbers, number = meta(len(shapes), dtype=torch.float32), meta(dtype=torch.float32)
     sizes = [t.numel() for t in tensors]
+
+    def build(grads: list[Tensor], copies: list[Tensor]) -> Callable[[Launch], object]:
+        return lambda launch: adamw_ema.update(
+            tensors, grads, tensors, tensors, tensors, copies, numbers, numbers, number, number, number, number, None,
+            0.9, 0.999, 1e-8, launch,
+        )  # fmt: skip
+
+    bytes_moved = adamw_ema.traffic(sizes), adamw_ema.traffic(sizes, ELEMENT, ELEMENT)
     return [
-        Case(
-            "adamw_ema", D, sum(sizes), 36, adamw_ema.traffic(sizes),
-            lambda launch: adamw_ema.update(
-                *(tensors,) * 5, numbers, numbers, number, number, number, number, None, 0.9, 0.999, 1e-8, launch
-            ),
-            {},
-        )
-    ]  # fmt: skip
+        Case("adamw_ema", D, sum(sizes), 36, bytes_moved[0], build(tensors, []), {}),
+        Case("adamw_ema with copies", D, sum(sizes), 36, bytes_moved[1], build(copies, copies), {}),
+    ]
 
 
 def cases(arch: int, widths: tuple[int, ...] = WIDTHS) -> list[Case]:

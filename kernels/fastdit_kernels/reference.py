@@ -91,24 +91,27 @@ def adamw_ema(
     eps: float,
     weight: float | Tensor,
     table: Tensor | None = None,
+    copies: Sequence[Tensor] = (),
 ) -> None:
     """One step of AdamW (arXiv 1711.05101, algorithm 2), and of an exponential average of what it makes, on N tensors in place.
 
-    params, grads, exp_avgs, exp_avg_sqs and averages: N tensors each, of one shape down the lists. decays [N]: each one's
-    weight decay; steps [N]: its steps, this one counted. grad_scale []: gradients are divided by it, and stay as they are.
-    found_inf []: where it is not 0, nothing changes. weight: how far the averages move towards the new parameters. table: the
-    kernel's, not read here.
+    params, grads, exp_avgs, exp_avg_sqs and averages: N tensors each, of one shape down the lists; copies: as many, which
+    become the new parameters, rounded, or none. decays [N]: each one's weight decay; steps [N]: its steps, this one counted.
+    grad_scale []: gradients are divided by it, and stay as they are. found_inf []: where it is not 0, nothing changes. weight:
+    how far the averages move towards the new parameters. table: the kernel's, not read here.
     """
     if found_inf:  # waits for the device; the kernel does not
         return
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, averages, decays, steps, strict=True)
     for p, grad, exp_avg, exp_avg_sq, average, decay, step in tensors:
-        g = grad / grad_scale
+        g = grad.to(p.dtype) / grad_scale
         exp_avg.lerp_(g, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         correction1, correction2 = (-torch.expm1(step * log(beta)) for beta in (beta1, beta2))  # 1 - βᵏ
         p.sub_(lr * (decay * p + exp_avg / correction1 / ((exp_avg_sq / correction2).sqrt() + eps)))
         average.lerp_(p, weight)
+    if copies:
+        torch._foreach_copy_(list(copies), list(params))
 
 
 REFERENCE = Ops(ln_modulate, gate_residual_ln_modulate, gelu_dwconv, attention)
