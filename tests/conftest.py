@@ -68,17 +68,17 @@ def nan_filled() -> Iterator[None]:
 def results() -> Callable[[Op, Mapping[str, Tensor]], dict[str, Tensor]]:
     """results(op, inputs): outputs "out0", "out1" … and gradients "dx", "dscale" … of an op, by name.
 
-    Floating inputs become leaves with the strides they have. The gradients that arrive are random, a function of their shape,
-    and rounded to bf16, so that every dtype is given the same numbers.
+    Floating inputs become leaves with the strides they have, and are handed over in their order; behind them the lengths of
+    "grid", where there is one. The gradients that arrive are random, a function of their shape, and rounded to bf16, so that
+    every dtype is given the same numbers.
     """
 
-    def results(op: Op, inputs: Mapping[str, Tensor | int]) -> dict[str, Tensor]:
-        leaves = {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        outputs = op(**leaves)
+    def results(op: Op, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        wanted = {k: v.detach().requires_grad_() for k, v in inputs.items() if isinstance(v, Tensor)}
+        outputs = op(*wanted.values(), *inputs.get("grid", ()))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         generator = torch.Generator().manual_seed(7)
         upstream = [torch.randn(o.shape, generator=generator).bfloat16().to(o) for o in outputs]
-        wanted = {k: v for k, v in leaves.items() if isinstance(v, Tensor)}
         gradients = torch.autograd.grad(outputs, list(wanted.values()), upstream)
         return {f"out{i}": o.detach() for i, o in enumerate(outputs)} | {
             f"d{k}": g for k, g in zip(wanted, gradients, strict=True)

@@ -23,11 +23,12 @@ def eager_gate_residual_ln_modulate(x, y, gate, shift, scale, bias=None):
     return r, eager_ln_modulate(r, shift, scale)
 
 
-def eager_gelu_dwconv(h, bias, weight, conv_bias, height, width):
-    a = F.gelu(h + bias, approximate="tanh").unflatten(1, (height, width)).permute(0, 3, 1, 2)
+def eager_gelu_dwconv(h, bias, weight, conv_bias, *grid):
+    a = F.gelu(h + bias, approximate="tanh").view(-1, *grid[-2:], h.shape[2]).movedim(-1, 1)
     before, after = (weight.shape[-1] - 1) // 2, weight.shape[-1] // 2
-    z = F.conv2d(F.pad(a, (before, after) * 2), weight, conv_bias, groups=h.shape[2])
-    return z.permute(0, 2, 3, 1).flatten(1, 2)
+    convolve = F.conv1d if len(grid) == 1 else F.conv2d
+    z = convolve(F.pad(a, (before, after) * (weight.ndim - 2)), weight, conv_bias, groups=h.shape[2])
+    return z.movedim(1, -1).reshape(h.shape)
 
 
 # Every op as one would write it, all of it in the dtype of its inputs.
@@ -44,6 +45,11 @@ CASES = [
     ("gelu_dwconv", (2, 4, 16, 64, 4)),
     ("gelu_dwconv", (2, 1, 2, 33, 4)),
     ("gelu_dwconv", (2, 8, 5, 33, 5)),
+    # Grids of one length and of three.
+    *(("gelu_dwconv", (3, 23, 70, K)) for K in (3, 4, 5, 7)),
+    ("gelu_dwconv", (5, 2, 65, 4)),
+    ("gelu_dwconv", (1, 1, 9, 7)),
+    ("gelu_dwconv", (2, 3, 5, 7, 33, 4)),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -55,10 +61,11 @@ def inputs(op, shape, dtype, parameters=None):
         return torch.randn(*size, generator=generator).to(dtype)
 
     if op == "gelu_dwconv":
-        B, height, width, F_, K = shape
+        B, *grid, F_, K = shape
+        sides = (K,) if len(grid) == 1 else (K, K)
         return {
-            "h": normal(B, height * width, F_, dtype=dtype) * 2, "bias": normal(F_), "weight": normal(F_, 1, K, K) / K,
-            "conv_bias": normal(F_), "height": height, "width": width,
+            "h": normal(B, math.prod(grid), F_, dtype=dtype) * 2, "bias": normal(F_), "weight": normal(F_, 1, *sides) / K,
+            "conv_bias": normal(F_), "grid": tuple(grid),
         }  # fmt: skip
     B, T, D, *bias = shape
     # Strided, as views of a packed projection are.

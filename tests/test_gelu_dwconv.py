@@ -43,9 +43,13 @@ def inputs(shape, dtype, parameters, device):
     return {
         "h": (2 * normal(B, height * width, F)).to(device, dtype),
         **{name: value.to(device, parameters) for name, value in parameter.items()},
-        "height": height,
-        "width": width,
+        "grid": (height, width),
     }
+
+
+def call(op, given):
+    h, bias, weight, conv_bias, grid = given.values()
+    return op(h, bias, weight, conv_bias, *grid)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -110,7 +114,21 @@ def test_the_reference_is_a_convolution_of_gelu(device):
         a = functional.gelu(given["h"] + given["bias"], approximate="tanh").transpose(1, 2).unflatten(2, (5, 7))
         before, after = (K - 1) // 2, K // 2
         z = functional.conv2d(functional.pad(a, (before, after) * 2), given["weight"], given["conv_bias"], groups=6)
-        torch.testing.assert_close(reference(**given), z.flatten(2).transpose(1, 2))
+        torch.testing.assert_close(call(reference, given), z.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("op", [gelu_dwconv, reference])
+def test_a_video_is_its_frames(results, device, op):
+    """Three lengths: every frame an image, to the bit, and no frame a neighbour of the next one."""
+    images = inputs((6, 4, 5, 24, 4), torch.float32, torch.float32, device)
+    video = images | {"h": images["h"].view(2, 60, 24), "grid": (3, 4, 5)}
+    of_images, of_video = results(op, images), results(op, video)
+    assert of_video["out0"].shape == of_video["dh"].shape == (2, 60, 24)
+    assert torch.equal(of_video["out0"].view(6, 20, 24), of_images["out0"])
+    upstream = torch.randn(6, 20, 24, device=device)
+    (ours,) = torch.autograd.grad(call(op, video | {"h": video["h"].requires_grad_()}), video["h"], upstream.view(2, 60, 24))
+    (expected,) = torch.autograd.grad(call(op, images | {"h": images["h"].requires_grad_()}), images["h"], upstream)
+    assert torch.equal(ours.view(6, 20, 24), expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 6, 70, 3), (3, 5, 7, 40, 4), (3, 4, 4, 24, 5)])
@@ -165,8 +183,8 @@ def test_an_expanded_gradient(device):
     """What `.sum().backward()` hands over has zero strides."""
     given = inputs((2, 4, 5, 24, 3), torch.float32, torch.float32, device)
     leaves = [v.requires_grad_() for v in given.values() if isinstance(v, torch.Tensor)]
-    ours = torch.autograd.grad(gelu_dwconv(**given).sum(), leaves)
-    expected = torch.autograd.grad(reference(**given).sum(), leaves)
+    ours = torch.autograd.grad(call(gelu_dwconv, given).sum(), leaves)
+    expected = torch.autograd.grad(call(reference, given).sum(), leaves)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -175,7 +193,7 @@ def test_opcheck(device):
     given = inputs((2, 4, 5, 24, 4), torch.float32, torch.float32, device)
     taps = given["weight"].flatten(1).t().contiguous()
     tensors = [given["h"], given["bias"], taps, given["conv_bias"]]
-    settings = (given["height"], given["width"], True)
+    settings = (*given["grid"], True)
     torch.library.opcheck(torch.ops.fastdit.gelu_dwconv.default, (*tensors, *settings))
     torch.library.opcheck(torch.ops.fastdit.gelu_dwconv.default, (*(t.clone().requires_grad_() for t in tensors), *settings))
 
@@ -192,7 +210,7 @@ def test_compiles_without_a_break(results, device):
 def test_bytes(recording, device, shape):
     """Counted from the addresses each program touches: what `traffic` states, to the byte."""
     B, height, width, F, K = shape
-    h, bias, weight, conv_bias, *grid = inputs(shape, torch.bfloat16, torch.bfloat16, device).values()
+    h, bias, weight, conv_bias, grid = inputs(shape, torch.bfloat16, torch.bfloat16, device).values()
     taps = weight.flatten(1).t().float().contiguous()
     stated = module.traffic(B, height, width, F, K, 2, 2)
     with recording() as recorder:
@@ -208,7 +226,7 @@ def test_bytes(recording, device, shape):
 def test_bytes_are_the_floor_and_little_more(recording, device, B, side, most, F):
     """The programs of one block of channels, counted in the stream's own width; every block is like it."""
     K, blocks = 3, F // module.BLOCK
-    h, bias, weight, conv_bias, *grid = inputs((B, side, side, F, K), torch.bfloat16, torch.bfloat16, device).values()
+    h, bias, weight, conv_bias, grid = inputs((B, side, side, F, K), torch.bfloat16, torch.bfloat16, device).values()
     taps = weight.flatten(1).t().float().contiguous()
 
     def one_block(kernel, grid, num_warps, **args):
@@ -258,8 +276,8 @@ def test_the_error_of_tanh_approx_is_below_bf16s(device, sign, K):
     torch.manual_seed(0)
     rounded = inputs((2, 16, 16, 64, K), torch.bfloat16, torch.bfloat16, device)
     given = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in rounded.items()}
-    truth = reference(**given)
-    z = approximate(**given)
+    truth = call(reference, given)
+    z = call(approximate, given)
     error, least = (z.bfloat16() - truth).norm(), (truth.bfloat16() - truth).norm()
     assert error <= 1.1 * least, (error / least).item()
 
@@ -329,20 +347,22 @@ def good():
         "bias": torch.zeros(8),
         "weight": torch.zeros(8, 1, 3, 3),
         "conv_bias": torch.zeros(8),
-        "height": 3,
-        "width": 4,
+        "grid": (3, 4),
     }
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"h": torch.zeros(12, 8)}, r"h has shape \[12, 8\], expected \[B, H·W, F\]"),
+        ({"h": torch.zeros(12, 8)}, r"h has shape \[12, 8\], expected \[B, T, F\]"),
         ({"h": torch.zeros(2, 12, 8193)}, r"h has shape \[2, 12, 8193\].* F from 1 to 8192"),
         ({"h": torch.zeros(2, 12, 8, dtype=torch.float64)}, r"h has shape .* float64 .*bfloat16 or float16 or float32"),
         ({"h": torch.zeros(12, 2, 8).transpose(0, 1)}, r"h has shape .*contiguous"),
-        ({"height": 4}, r"h has 12 tokens, which is not height·width = 4·4"),
-        ({"height": -3, "width": -4}, r"h has 12 tokens, which is not height·width = -3·-4"),
+        ({"grid": (4, 4)}, r"h has 12 tokens, which is not the product of the grid \(4, 4\)"),
+        ({"grid": (-3, -4)}, r"h has 12 tokens, which is not the product of the grid \(-3, -4\)"),
+        ({"grid": (2, -3, -2)}, r"h has 12 tokens, which is not the product of the grid \(2, -3, -2\)"),
+        ({"grid": (12,)}, r"h has 12 tokens, which is not the product of the grid \(12,\)"),
+        ({"grid": ()}, r"h has 12 tokens, which is not the product of the grid \(\)"),
         ({"weight": torch.zeros(8, 1, 2, 2)}, r"weight has shape \[8, 1, 2, 2\], expected \[F, 1, K, K\] with K = 3, 4 or 5"),
         ({"weight": torch.zeros(8, 1, 7, 7)}, r"weight has shape \[8, 1, 7, 7\], expected \[F, 1, K, K\] with K = 3, 4 or 5"),
         ({"weight": torch.zeros(8, 1, 5, 3)}, r"weight has shape \[8, 1, 5, 3\].*\[F, 1, K, K\] = \[8, 1, 3, 3\]"),
@@ -358,4 +378,4 @@ def good():
 )
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=f"^gelu_dwconv: {message}"):
-        gelu_dwconv(**(good() | change))
+        call(gelu_dwconv, good() | change)

@@ -65,7 +65,7 @@ def bar(op, name, stream, parameter, e):
 
 VARIANTS = {  # of an op: the kernel's and the reference's
     "": lambda op: (getattr(TRITON, op), getattr(reference, op)),
-    "m alone": lambda op: [lambda f=f, **given: f(**given)[1] for f in (getattr(TRITON, op), getattr(reference, op))],
+    "m alone": lambda op: [lambda *given, f=f: f(*given)[1] for f in (getattr(TRITON, op), getattr(reference, op))],
     "exact": lambda op: (partial(getattr(TRITON, op), exact=True), getattr(reference, op)),
 }
 

@@ -17,5 +17,5 @@ class Ops(NamedTuple):
 
     ln_modulate: Callable[[Tensor, Tensor, Tensor], Tensor]
     gate_residual_ln_modulate: Callable[..., tuple[Tensor, Tensor]]  # x, y, gate, shift, scale and, if there is one, bias
-    gelu_dwconv: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+    gelu_dwconv: Callable[..., Tensor]  # h, bias, weight, conv_bias and the lengths of the token grid: one, two or three
     attention: Callable[[Tensor | tuple[Tensor, Tensor, Tensor]], Tensor]

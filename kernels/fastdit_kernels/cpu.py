@@ -133,30 +133,30 @@ def gate_residual_ln_modulate(
 
 class _GeluDwconv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, bias, weight, conv_bias, height, width):
+    def forward(ctx, h, bias, weight, conv_bias, grid):
         a, slope = _gelu(h, bias, slope=any(ctx.needs_input_grad[:2]))
         ctx.save_for_backward(a, slope, bias, weight, conv_bias)
-        ctx.grid = height, width
-        return _convolve(_image(a, *ctx.grid), weight, conv_bias, h.dtype)
+        ctx.grid = grid
+        return _convolve(_images(a, grid), _plane(weight), conv_bias, h.dtype).reshape(h.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dz):
         a, slope, bias, weight, conv_bias = ctx.saved_tensors
-        dz_image = _image(dz.to(a.dtype), *ctx.grid)
-        dweight = _weight_gradient(_image(a, *ctx.grid), dz_image, weight.shape[-1]).to(weight.dtype)
+        dz_images, plane = _images(dz.to(a.dtype), ctx.grid), _plane(weight)
+        dweight = _weight_gradient(_images(a, ctx.grid), dz_images, *plane.shape[2:]).view(weight.shape).to(weight.dtype)
         dconv_bias = dz.sum((0, 1)).to(conv_bias.dtype)
         if slope is None:
-            return None, None, dweight, dconv_bias, None, None
+            return None, None, dweight, dconv_bias, None
         # The convolution by the flipped weight, whose zero padding lies on the other side where K is even.
-        dh = _convolve(dz_image, weight.flip(2, 3), None, dz.dtype, flipped=True)
+        dh = _convolve(dz_images, plane.flip(2, 3), None, dz.dtype, flipped=True).reshape(dz.shape)
         dbias = torch.zeros_like(bias, dtype=slope.dtype)
         flat = dh.flatten(0, 1)
         for i in _chunks(flat):
             du = slope[i] * flat[i]
             dbias += du.sum(0)
             flat[i] = du
-        return dh, dbias.to(bias.dtype), dweight, dconv_bias, None, None
+        return dh, dbias.to(bias.dtype), dweight, dconv_bias, None
 
 
 def _gelu(h: Tensor, bias: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
@@ -177,51 +177,60 @@ def _gelu(h: Tensor, bias: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
     return a.view(h.shape), slopes
 
 
-def _image(tokens: Tensor, height: int, width: int) -> Tensor:
-    """[B, H·W, F] as [B, F, H, W] with channels_last strides: a view."""
-    return tokens.view(len(tokens), height, width, -1).permute(0, 3, 1, 2)
+def _images(tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """[B, T, F] as [B, F, H, W] with channels_last strides, a sequence as an image of one row, each frame as one: a view."""
+    return tokens.reshape(-1, *(1, *grid)[-2:], tokens.shape[-1]).permute(0, 3, 1, 2)
 
 
-def _convolve(image: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, flipped: bool = False) -> Tensor:
-    """The depthwise convolution that keeps the grid: [B, F, H, W] → tokens [B, H·W, F] of dtype."""
-    K = weight.shape[-1]
-    if K % 2 == 0:
+def _plane(weight: Tensor) -> Tensor:
+    """[F, 1, K, K] as it is, [F, 1, K] as [F, 1, 1, K]."""
+    return weight.unsqueeze(2) if weight.ndim == 3 else weight
+
+
+def _convolve(images: Tensor, plane: Tensor, bias: Tensor | None, dtype: torch.dtype, flipped: bool = False) -> Tensor:
+    """The depthwise convolution that keeps the grid: [B, F, H, W] → [B, H, W, F] of dtype."""
+    if plane.shape[3] % 2 == 0:
         # A zero row and column on its shorter side make the kernel's padding symmetric, at no copy of the activation.
-        weight = F.pad(weight, (0, 1, 0, 1) if flipped else (1, 0, 1, 0))
-    bias = None if bias is None else bias.to(image.dtype)
-    z = F.conv2d(image, weight.to(image.dtype), bias, padding=K // 2, groups=len(weight))
-    return z.permute(0, 2, 3, 1).flatten(1, 2).to(dtype)
+        shorter = (0, 1) if flipped else (1, 0)
+        plane = F.pad(plane, shorter if plane.shape[2] == 1 else shorter * 2)
+    bias = None if bias is None else bias.to(images.dtype)
+    padding = [side // 2 for side in plane.shape[2:]]
+    return F.conv2d(images, plane.to(images.dtype), bias, padding=padding, groups=len(plane)).permute(0, 2, 3, 1).to(dtype)
 
 
-def _weight_gradient(a: Tensor, dz: Tensor, K: int) -> Tensor:
-    """Of the convolution of a by dz, both [B, F, H, W]: [F, 1, K, K] in their dtype.
+def _weight_gradient(a: Tensor, dz: Tensor, rows: int, columns: int) -> Tensor:
+    """Of the convolution of a by dz, both [B, F, H, W], by a kernel [F, 1, rows, columns] of their dtype.
 
-    oneDNN has this gradient vectorised for K = 3 alone. K = 4 and 5 take it for the four 3×3 corners of the kernel, which
-    overlap: an eighth of the time in bf16, half in fp32.
+    oneDNN has this gradient vectorised for three columns, and one or three rows, alone. Wider kernels take it for their 3×3
+    corners, or threes of one row, which overlap: in bf16 an eighth of the time, a thirtieth for one row.
     """
     F_, (H, W) = a.shape[1], a.shape[2:]
 
-    def corner(a: Tensor, padding: int) -> Tensor:
-        shape = a.new_empty(F_, 1, 3, 3)
+    def part(a: Tensor, padding: list[int]) -> Tensor:
+        shape = a.new_empty(F_, 1, min(rows, 3), 3)
         return torch.ops.aten.convolution_backward(
-            dz, a, shape, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], F_, [False, True, False]
+            dz, a, shape, None, [1, 1], padding, [1, 1], False, [0, 0], F_, [False, True, False]
         )[1]  # fmt: skip
 
-    if K == 3:
-        return corner(a, padding=1)
-    before, after = (K - 1) // 2, K // 2
-    padded = F.pad(a, (before, after, before, after))
-    dweight = a.new_empty(F_, 1, K, K)
-    for i in (0, K - 3):
-        for j in (0, K - 3):
-            part = padded[:, :, i : i + H + 2, j : j + W + 2].contiguous(memory_format=torch.channels_last)
-            dweight[:, :, i : i + 3, j : j + 3] = corner(part, padding=0)
+    if columns == 3:
+        return part(a, padding=[rows // 2, 1])
+    padded = F.pad(a, [side for K in (columns, rows) for side in ((K - 1) // 2, K // 2)])
+    dweight = a.new_empty(F_, 1, rows, columns)
+    for i in _threes(rows):
+        for j in _threes(columns):
+            within = padded[:, :, i : i + H + min(rows, 3) - 1, j : j + W + 2].contiguous(memory_format=torch.channels_last)
+            dweight[:, :, i : i + 3, j : j + 3] = part(within, padding=[0, 0])
     return dweight
 
 
-def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, height: int, width: int) -> Tensor:
+def _threes(K: int) -> list[int]:
+    """Where threes begin that cover K taps, or one."""
+    return [0] if K == 1 else [*range(0, K - 3, 3), K - 3]
+
+
+def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, *grid: int) -> Tensor:
     """As `reference.gelu_dwconv`; in 16 bits the activation and its gradient are rounded to them on their way."""
-    return _GeluDwconv.apply(h, bias, weight, conv_bias, height, width)
+    return _GeluDwconv.apply(h, bias, weight, conv_bias, grid)
 
 
 CPU = Ops(ln_modulate, gate_residual_ln_modulate, gelu_dwconv, attention)

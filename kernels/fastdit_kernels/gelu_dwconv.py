@@ -197,29 +197,29 @@ def _differentiate(ctx, dz: Tensor) -> tuple[Tensor | None, ...]:
 _op.register_autograd(_differentiate, setup_context=_save)
 
 
-def gelu_dwconv(
-    h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, height: int, width: int, *, exact: bool = False
-) -> Tensor:
+def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, *grid: int, exact: bool = False) -> Tensor:
     """Depthwise K×K convolution of GELU_tanh(h + bias) on the token grid (LocalViT, arXiv 2104.05707).
 
-    h [B, H·W, F], contiguous, bf16, fp16 or fp32, F up to 8192; bias and conv_bias [F] and weight [F, 1, K, K] as nn.Conv2d
-    keeps it, K in {3, 4, 5}, contiguous, of one such dtype. Zero padding of the activation keeps the grid: (K-1)//2 before and
-    K//2 after. Returns [B, H·W, F] in h's dtype. Raises ValueError for anything else.
+    h [B, T, F], contiguous, bf16, fp16 or fp32, F up to 8192; bias and conv_bias [F] and weight [F, 1, K, K] as nn.Conv2d
+    keeps it, K in {3, 4, 5}, contiguous, of one such dtype. The grid is (height, width), or (frames, height, width) of a video,
+    whose frames are images here; its product is T. Zero padding of the activation keeps the grid: (K-1)//2 before and K//2
+    after. Returns [B, T, F] in h's dtype. Raises ValueError for anything else.
 
     In the forward of a bf16 stream tanh is the GPU's own instruction, whose relative error is 2⁻¹¹, an eighth of bf16's.
     `exact` asks for one formed from exp. Gradients and other streams always get that one: the instruction's error is as large
     as fp16's rounding. So does the interpreter, which has no such instruction.
     """
-    require_stream(OP, "h", h, "[B, H·W, F]")
+    require_stream(OP, "h", h, "[B, T, F]")
     _, T, F = h.shape
     if weight.ndim != 4 or weight.shape[-1] not in FORWARD_TILES:
         raise ValueError(f"{OP}: weight has shape {list(weight.shape)}, expected [F, 1, K, K] with K = 3, 4 or 5")
-    if height < 1 or width < 1 or height * width != T:
-        raise ValueError(f"{OP}: h has {T} tokens, which is not height·width = {height}·{width}")
-    K = weight.shape[-1]
+    if len(grid) not in (2, 3) or min(grid) < 1 or math.prod(grid) != T:
+        raise ValueError(f"{OP}: h has {T} tokens, which is not the product of the grid {grid} of (height, width)")
+    K, (height, width) = weight.shape[-1], grid[-2:]
     require(OP, "bias", bias, "[F]", (F,), STREAM_DTYPES, h.device)
     require(OP, "weight", weight, "[F, 1, K, K]", (F, 1, K, K), (bias.dtype,), h.device)
     require(OP, "conv_bias", conv_bias, "[F]", (F,), (bias.dtype,), h.device)
     # Transposed and cast by one kernel, which without `copy` would leave an fp32 weight where it is.
     taps = weight.reshape(F, K * K).t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    return _op(h, bias, taps, conv_bias, height, width, exact)
+    images = h.view(-1, height * width, F) if len(grid) == 3 else h  # each frame is one
+    return _op(images, bias, taps, conv_bias, height, width, exact).view(h.shape)

@@ -1,7 +1,7 @@
 """Every op in plain PyTorch: the specification the kernels are tested against, and what a machine without a GPU trains on.
 
 Arithmetic is fp32 (fp64 for fp64 inputs) and each result is cast once, at the end, to the dtype of the stream it belongs to.
-B samples, T = H·W tokens, D width, F hidden width of the MLP.
+B samples, T tokens, D width, F hidden width of the MLP.
 """
 
 import math
@@ -50,23 +50,28 @@ def gate_residual_ln_modulate(
     return r, _modulate(wide(r), shift, scale).to(x.dtype)
 
 
-def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, height: int, width: int) -> Tensor:
-    """Depthwise K×K convolution of GELU_tanh(h + bias) on the token grid (LocalViT, arXiv 2104.05707).
+def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, *grid: int) -> Tensor:
+    """Depthwise convolution of GELU_tanh(h + bias) on the token grid (LocalViT, arXiv 2104.05707, is its case of images).
 
-    h [B, H·W, F]; bias and conv_bias [F]; weight [F, 1, K, K] as nn.Conv2d keeps it, K in {3, 4, 5}. Zero padding of the
-    activation keeps the grid: (K-1)//2 before and K//2 after, so K = 4 pads 1 and 2, as PyTorch's padding="same" does.
-    Returns [B, H·W, F] in h's dtype. Tokens (B, H·W, F) are NHWC already, so the convolution sees a channels_last view.
+    h [B, T, F]; bias and conv_bias [F]; weight as torch.nn keeps it. The grid, whose product is T, says what is convolved:
+
+        (length)                 a sequence, by weight [F, 1, K], K in {3, 4, 5, 7}
+        (height, width)          an image, by weight [F, 1, K, K], K in {3, 4, 5}
+        (frames, height, width)  a video frame by frame, as an image: to mix over time is attention's part
+
+    Zero padding of the activation keeps the grid: (K-1)//2 before and K//2 after, so K = 4 pads 1 and 2, as PyTorch's
+    padding="same" does. Returns [B, T, F] in h's dtype. Tokens are channels-last already, so the convolution sees a view.
     """
-    B, T, F_ = h.shape
-    K = weight.shape[-1]
+    F_, K = h.shape[-1], weight.shape[-1]
+    rows, columns = (1, *grid)[-2:]  # a sequence is an image of one row, and a frame an image
     a = F.gelu(wide(h) + wide(bias), approximate="tanh")
-    a = a.view(B, height, width, F_).permute(0, 3, 1, 2)  # [B, F, H, W], channels_last strides: a view
-    w = wide(weight)
+    a = a.view(-1, rows, columns, F_).permute(0, 3, 1, 2)  # [B, F, H, W], channels_last strides: a view
+    w = wide(weight).view(F_, 1, -1, K)
     if K % 2 == 0:
         # A zero row and column before the kernel make its padding symmetric, at no copy of the activation.
-        w = F.pad(w, (1, 0, 1, 0))
-    z = F.conv2d(a, w, wide(conv_bias), padding=K // 2, groups=F_)
-    return z.permute(0, 2, 3, 1).reshape(B, T, F_).to(h.dtype)
+        w = F.pad(w, (1, 0) if len(grid) == 1 else (1, 0, 1, 0))
+    z = F.conv2d(a, w, wide(conv_bias), padding=(w.shape[2] // 2, w.shape[3] // 2), groups=F_)
+    return z.permute(0, 2, 3, 1).reshape(h.shape).to(h.dtype)
 
 
 def log(beta: float) -> float:
