@@ -14,7 +14,7 @@ from fastdit.runtime.sharding import local, named_shards, refresh
 class EMA:
     """An fp32 exponential moving average of the weights, sharded as they are. `tensors` holds it by plain parameter names.
 
-    The decay warms up as min(decay, (1 + step) / (10 + step)), so that a short run is not an average of its start.
+    The decay warms up as min(decay, (1 + step) / (10 + step)); otherwise the average of a short run would be mostly its start.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -77,7 +77,7 @@ class EMA:
 
     @torch.no_grad()
     def full_tensors(self) -> dict[str, Tensor]:
-        """The whole averaged weights on the CPU of rank 0, nothing elsewhere; every rank must call it."""
+        """The whole averaged weights, on the CPU of rank 0; an empty dict elsewhere. Every rank must call it."""
         full = {}
         for name, e in self.tensors.items():
             whole = e.full_tensor() if isinstance(e, DTensor) else e

@@ -31,7 +31,7 @@ encode.py verify PACK    hash a pack against its manifest instead"""
 
 
 def encode(config: Config) -> None:
-    """Encode on all ranks, with a progress bar on a terminal, and report what came of it."""
+    """Encode on all ranks, with a progress bar on a terminal, and print the report."""
     start = time.perf_counter()
     world = ranks.init(config.parallel)
     with _bar(world.rank == 0) as progress:
@@ -68,7 +68,7 @@ def _bar(shown: bool) -> Iterator[encoding.Progress | None]:
 def round_trip(config: Config, world: World, picture: Path, most: int = 8) -> None:
     """Draw the first images of a pack, and below each what comes back from its latents as they are packed.
 
-    What sets the two apart is what no training can bring back.
+    The difference between the two is lost to any model trained on the pack.
     """
     source = images.open_images(config.data)
     good = (example.image for example in source.read(0, source.length) if example.image is not None)

@@ -1,7 +1,7 @@
 """Measure a trained model: make pictures, compare them with real ones, and keep the figures in its folder.
 
-torchrun --nproc-per-node N shares the work. Pictures are numbered; picture n of a seed is always the same. They are kept in the
-run folder as they are made: the same command, killed or not, goes on where it was, on any number of processes.
+torchrun --nproc-per-node N shares the work. Picture n of a seed is always the same. Pictures are kept in the run folder as they
+are made: after a kill the same command goes on where it stopped, on any number of processes.
 """
 
 import fastdit  # noqa: F401  # isort: skip  before torch
@@ -66,11 +66,11 @@ def main() -> None:
 
 
 def evaluate(options: Options) -> None:
-    """Make what pictures are not there yet, all processes together; then the first one measures."""
+    """Make the pictures that are missing, on all processes; then the first process measures."""
     found = locate(options.source)
     config = chosen(found.config, options)
     footprint.check_sampling(config, memory_bytes())
-    # "auto" is what can be had for small images without a download, and what the field reports for others.
+    # "auto": for small images the metric that needs no download; for others FID, which the field reports.
     small = max(config.data.image_size) <= 64 or bool(options.reference)
     metric = options.metric if options.metric != "auto" else "offline" if small else "fidelity"
     num = options.num_images or (2_000 if metric == "offline" else 50_000)
@@ -139,7 +139,7 @@ def whole(path: Path, chunk: range, config: Config) -> bool:
 
 
 def prepare(options: Options, config: Config, found: Located, device: torch.device) -> Path:
-    """The folder of the pictures that these weights and settings make; what they are stands in it. Rank 0 alone calls this."""
+    """The folder for the pictures of these weights and settings, which a file in it records. Rank 0 alone calls this."""
     follows_from: dict[str, Any] = {
         "weights": digest(found.weights),
         "seed": options.seed,

@@ -98,7 +98,7 @@ class Meter:
                 self._refresh()
 
     def restore(self, windows: list[list[float]]) -> None:
-        """Go on with an interval that a stop cut: the `window` of each rank there was. With other ranks, rank 0 has the sum."""
+        """Continue an interrupted interval from each rank's `window`. On another number of ranks rank 0 gets the sum."""
         if len(windows) == self.world:
             self.window += torch.tensor(windows[self.rank], dtype=torch.float64).to(self.device)
         elif windows and not self.rank:
@@ -158,13 +158,13 @@ class Meter:
         return line
 
     def eta(self) -> float:
-        """Seconds of training left at the average pace so far, the first interval left out where there is another."""
+        """Seconds of training left at the average pace so far. The first interval counts only while it is the only one."""
         rate = self.averaged_images / self.averaged_s if self.averaged_s else self.pace
         return max(self.total_images - self.seen, 0) / rate
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Sampling, saving: neither its time nor its energy counts."""
+        """Within, neither time nor energy is counted: for sampling and saving."""
         if self.rank:
             yield
             return
@@ -180,7 +180,7 @@ class Meter:
                 self.paused_j += end_j - start_j
 
     def say(self, text: str) -> None:
-        """Print a line of the run's story, above the bar where there is one."""
+        """Print a line, above the bar where there is one."""
         if not self.rank:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -225,7 +225,7 @@ class Meter:
 
 
 def _figures(line: Mapping[str, Any], total_images: int, eta: float) -> str:
-    """The line of metrics.jsonl as a person reads it; what is not known is left out."""
+    """The line of metrics.jsonl for a person to read; unknown figures are left out."""
     figures = [f"{line['images']:,}/{total_images:,} images"]
     if line["loss"] is None:
         figures.append("loss not finite")
@@ -266,7 +266,7 @@ def plural(count: int, what: str) -> str:
 
 
 def _keep_lines(path: Path, images: int) -> dict[str, Any] | None:
-    """Drop the lines beyond `images` and a torn one, all at once or not at all. Returns the last line kept, if any."""
+    """Drop the lines beyond `images` and an incomplete one, in one atomic write. Returns the last line kept, if any."""
     if not path.exists():
         return None
     kept, last = [], None
@@ -276,7 +276,7 @@ def _keep_lines(path: Path, images: int) -> dict[str, Any] | None:
         raise UserError(f"{path}: {error}") from None
     for text in content.splitlines():
         line = _line(text)
-        if line is None or line["images"] > images:  # a kill tore it, and whatever follows a torn line is no better
+        if line is None or line["images"] > images:  # a kill cut it, and nothing after it can be trusted
             break
         kept.append(text + "\n")
         last = line

@@ -1,8 +1,8 @@
 """AdamW, the learning rate, the non-finite guard and the averaged weights (EMA), all on local shards and without a host sync.
 
-Every rank updates the shard it holds, so nothing here communicates but the gradient norm: one number per step. That norm is
-global, so a NaN on one rank is seen by all, and all skip the step: `optimizer.found_inf` is a number on the device that the
-fused kernels read, and where it is 1 they leave parameters, moments, step counts and averages as they are, to the bit.
+Every rank updates its own shard. The only message is the global gradient norm, one number per step; through it all ranks see a
+NaN on any rank and skip the step. `optimizer.found_inf` is a number on the device that the fused kernels read: where it is 1,
+they leave parameters, moments, step counts and averages unchanged, to the bit.
 """
 
 import math
@@ -28,9 +28,9 @@ BETA1, EPS = 0.9, 1e-8
 class ShardAdamW(torch.optim.AdamW):
     """torch.optim.AdamW, fused, stepping on local shards: going through DTensor costs 9 ms per 200 parameters, this 0.6 ms.
 
-    Its state exists from the start (`get_state_dict` on a fresh optimizer would take a step to create it). `grad_scale`
-    (gradients are divided by it) and `found_inf` (1: change nothing) are set by `clip_and_check` before each step; `skips`
-    counts non-finite steps on the device: in all, and in a row up to now.
+    The state exists from the start; `get_state_dict` on a fresh optimizer would take a step to create it. `clip_and_check` sets
+    `grad_scale` (gradients are divided by it) and `found_inf` (1: change nothing) before each step. `skips` counts skipped
+    steps on the device: all of them, and those in a row up to now.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig):
@@ -85,8 +85,8 @@ class ShardAdamW(torch.optim.AdamW):
 def decays(model: nn.Module, name: str) -> bool:
     """Whether weight decay pulls on this parameter: only on weights that multiply activations (matrices and convolutions).
 
-    Biases and gains set an offset or a scale; rows of the class and position tables are looked up, not multiplied, and a
-    class that a batch does not contain has no gradient to hold its row against the pull.
+    Not on biases and gains, which set an offset or a scale. Not on the class and position tables: their rows are looked up, and
+    decay would shrink the row of a class that a batch does not contain.
     """
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -94,7 +94,7 @@ def decays(model: nn.Module, name: str) -> bool:
 
 
 def lr_at(images_seen: int, config: TrainConfig) -> float:
-    """The learning rate once so many images have been seen; for a step, count its own images in, so that none has a rate of 0.
+    """The learning rate at so many images seen. Count a step's own images in, so that the first step's rate is not 0.
 
     Linear from 0 over `warmup_images`; then constant, or half a cosine that reaches 0 at `images`.
     """
@@ -110,8 +110,8 @@ def lr_at(images_seen: int, config: TrainConfig) -> float:
 def clip_and_check(optimizer: ShardAdamW, max_norm: float, spike: Tensor | None = None) -> Tensor:
     """The global gradient norm, fp32 on the device, before clipping; prepares the optimizer's next step by it.
 
-    Gradients will be divided by max(1, norm / max_norm) inside the step, which saves a pass over them; max_norm 0 leaves
-    them. A norm that is not finite, or a spike, makes the step, on every rank, change nothing. One all-reduce of one number.
+    The step divides the gradients by max(1, norm / max_norm), which saves a pass over them; max_norm 0 turns clipping off.
+    After a non-finite norm or a spike the step changes nothing on any rank. One all-reduce of one number.
     """
     grads = [p.grad for p in optimizer.named.values() if p.grad is not None]
     if not grads:
@@ -136,10 +136,10 @@ def clip_and_check(optimizer: ShardAdamW, max_norm: float, spike: Tensor | None 
 
 
 class Spikes:
-    """Finds losses more than `sigma` standard deviations above the mean of the last WINDOW that were no spikes themselves.
+    """Finds losses more than `sigma` standard deviations above the mean of the last WINDOW losses, earlier spikes left out.
 
-    `window`, fp64 [WINDOW + 1] and equal on all ranks: those losses, in a ring, and how many there have been. Decided on the
-    device, without a host sync.
+    `window`, fp64 [WINDOW + 1] and equal on all ranks: those losses in a ring buffer, and how many there have been. The
+    decision is made on the device, without a host sync.
     """
 
     WINDOW, FEW = 128, 32  # nothing is a spike before the first FEW
@@ -190,7 +190,7 @@ class Optimizer:
     def rates(self, images_seen: int) -> Tensor:
         """The learning rate, and the weight of the average, of the step on the global batch that follows: [2] on the device.
 
-        All that a step takes from the host. fp32 where a kernel reads them, else fp64.
+        A step takes nothing else from the host. fp32 where a kernel reads them, else fp64.
         """
         lr, weight = lr_at(images_seen + self.global_batch, self.config), self.ema.weight(images_seen // self.global_batch)
         device = self.adamw.skips.device
@@ -218,7 +218,7 @@ class Optimizer:
 
     @torch.no_grad()
     def _one_pass(self, lr: Tensor, weight: Tensor) -> None:
-        """AdamW's step and the average of what it makes, by one launch over all local shards."""
+        """AdamW's step and the update of the average, in one launch over all local shards."""
         assert self.adamw_ema is not None
         adamw, named = self.adamw, self.adamw.named
         adamw.steps.add_(1).sub_(adamw.found_inf)

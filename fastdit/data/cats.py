@@ -1,7 +1,7 @@
 """The default recipe's images: drawn cats, composed from the layers that the package `robohash` carries. Class = colour.
 
 The drawings are by David Revoy (CC-BY-4.0); here they are resized and recombined. 15 bodies, 10 furs, 15 eyes, 10 mouths and
-16 accessories give 324,000 combinations; of those that look alike in every pixel, one is kept.
+16 accessories give 324,000 combinations. Some of them give the same pixels; one of those is kept.
 """
 
 import importlib.util
@@ -30,8 +30,8 @@ CHUNK = 128  # cats composed at once: their pixels stay in the cache
 class Cats:
     """`num` cats of size×size pixels, no two equal; those held out share no picture with those that are not.
 
-    Which cats there are is fixed, whatever the run's seed. A look is a body, fur, eyes and accessory; looks are held out as a
-    whole, since a cat that differs from a training one by its mouth alone (a scarf may hide it) would be no new cat.
+    The run's seed does not change which cats there are. A look is a body, fur, eyes and accessory. Whole looks are held out: a
+    cat that differs from a training cat by its mouth alone, which a scarf may hide, would not be new.
     """
 
     def __init__(self, num: int, size: int, held_out: bool = False, threads: int = 1) -> None:
@@ -74,7 +74,7 @@ def combinations(held_out: bool) -> NDArray[np.int64]:
 def _layers(size: int, threads: int) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Per kind of layer (colour, cover), each [num, size, size, 3]: over a picture p, a layer gives colour + cover·p.
 
-    Colours are multiplied by alpha before they are shrunk, so that no edge takes on the colour of transparent pixels.
+    Colours are multiplied by alpha before they are shrunk; otherwise edges would take on the colour of transparent pixels.
     """
     spec = importlib.util.find_spec("robohash")  # finds the drawings without running the package
     if spec is None or not spec.submodule_search_locations:

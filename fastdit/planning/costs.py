@@ -1,4 +1,4 @@
-"""What a training step costs on paper: FLOPs, bytes, messages and the bounds they set, from the config and data sheets.
+"""What a training step costs by calculation: FLOPs, bytes, messages and the bounds they set, from config and data sheets.
 
 Everything is a count, or a bound that follows from one; nothing is measured, and no GPU is needed. Times are those of a device
 that computes at its peak, or moves memory at its bandwidth, in each part of the step.
@@ -163,7 +163,7 @@ class Bound(NamedTuple):
 
 
 def bound(config: Config, cluster: Cluster) -> Bound:
-    """The step's bounds. Messages can hide behind computation entirely; parts of one device's step cannot behind each other."""
+    """The step's bounds. Messages can overlap fully with computation; the parts of one device's step cannot overlap."""
     step, sent = parts(config, cluster), messages(config, cluster)
     return Bound(
         sum(part.compute_s for part in step),

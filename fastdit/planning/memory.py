@@ -26,7 +26,7 @@ PROCESS = 10**9  # of a rank on a CPU: PyTorch and its libraries, 0.7 GB before 
 
 
 def num_parameters(m: ModelConfig) -> int:
-    """Parameters of the model, by its widths alone: nothing is built, however large they are."""
+    """Parameters of the model, computed from its widths: nothing is built, so any width may be asked for."""
     D, F, T = m.width, m.mlp_ratio * m.width, math.prod(side // m.patch for side in m.input_size)
     embed = (m.channels * m.patch**2 + 1) * D + T * D + (num_frequencies(m) + 1) * D + (D + 1) * D
     classes = (m.num_classes + (m.class_dropout > 0)) * D if m.num_classes else 0
@@ -77,7 +77,7 @@ def sizes(config: ModelConfig, ranks: int) -> Sizes:
 
 
 def state_bytes(config: Config, ranks: int) -> dict[str, int]:
-    """Bytes that one rank holds whatever the batch, by what they are, with the weights sharded over so many ranks."""
+    """Bytes that one rank holds at any batch size, by kind, with the weights sharded over so many ranks."""
     s, p = sizes(config.model, ranks), config.parallel
     itemsize = compute_dtype(p.precision).itemsize
     gathered = min(s.root + 2 * s.block, s.whole) if p.reshard_after_forward else s.whole  # one at work, one on its way
@@ -118,7 +118,7 @@ def largest_batch(config: Config, ranks: int, memory: float, ops: Ops | None = N
 
 
 def advice(config: Config, ranks: int, memory: float, ops: Ops | None = None) -> str:
-    """One line for whoever ran out of memory: the batches that fit by plan, with activations kept and recomputed."""
+    """The batches that fit by plan, with activations kept and recomputed: one line for a user who ran out of memory."""
     kept, again = (largest_batch(recomputing(config, on), ranks, memory, ops) for on in (False, True))
     if not again:
         return f"by plan no batch fits into {memory / 1e9:.0f} GB; shard the weights over more ranks, or take a smaller model"
@@ -127,7 +127,7 @@ def advice(config: Config, ranks: int, memory: float, ops: Ops | None = None) ->
 
 
 def check(config: Config, device: torch.device, ranks: int = 1, num_images: int | None = None) -> str | None:
-    """One line where a run cannot work on this device, before it starts; None where it can, by plan.
+    """Why a run cannot work on this device by plan, in one line; None where it can.
 
     ranks: processes on this node, over which the weights are sharded; on a CPU they share its memory. num_images: of the data.
     """
@@ -168,7 +168,7 @@ def require(config: Config, world: World, num_images: int) -> None:
 
 
 def no_memory(config: Config) -> str:
-    """What to say where memory ran out: which batch would do."""
+    """The error line for memory that ran out: it names a batch that fits."""
     t, num_ranks = config.train, config.parallel.shard or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     half = next((t.batch // n for n in range(2, t.batch) if t.batch % n == 0), 1)
     line = f"out of memory at --train.batch {t.batch}"

@@ -29,7 +29,7 @@ def require() -> None:
 
 
 class Real(Dataset[Tensor]):
-    """Images of a source, by place in a list of numbers; one that cannot be decoded is stood in for by the next that can."""
+    """Images of a source, chosen by a list of numbers. In place of an image that cannot be decoded it gives the next one."""
 
     def __init__(self, source: ImageSource, numbers: Sequence[int]):
         self.source, self.numbers = source, numbers
@@ -72,7 +72,7 @@ def fidelity(made: Dataset[Tensor], real: Dataset[Tensor], device: torch.device,
             prc=True,
             feature_extractor="inception-v3-compat",
             kid_subset_size=min(1000, *sizes),
-            save_cpu_ram=True,  # no matrix of all distances, which for 50,000 pictures takes 10 GB three times over
+            save_cpu_ram=True,  # no matrix of all distances: for 50,000 pictures there would be three of 10 GB each
             cache=False,
             verbose=False,
         )
