@@ -1,4 +1,4 @@
-"""What others run: a DiT of standard modules, as the seed repository writes it (convolution) and as most trainers do (plain).
+"""What others run: a DiT of standard modules, as in the seed repository (convolution) and as in most trainers (plain).
 
 fp32 parameters under autocast, modulation block by block, residuals added on the spot; to be trained by `training_step`.
 """

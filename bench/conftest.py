@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastdit.config import ParallelConfig
 from fastdit.runtime import ranks
-from fastdit.runtime.hardware import DTYPES, Energy, precision
+from fastdit.runtime.hardware import DTYPES, precision
 from fastdit.runtime.profiler import kinds, own_times
 from fastdit.runtime.ranks import World
 
@@ -215,7 +215,7 @@ def side_by_side(
             if name != first:
                 more["x of the first"] = statistics.median(b / a for a, b in zip(times[first], times[name], strict=False))
             more |= extra(name, median) if extra else {}
-            more |= _power_and_memory(call, device, images) if device.type == "cuda" else {}
+            more |= _module("power").power_and_memory(call, device, images) if device.type == "cuda" else {}
             found[name] = Row(
                 request.path.stem, op, name, shape, median * 1e6, rounds,
                 moved, bandwidth and bandwidth / 1e9, bandwidth and 100 * bandwidth / ceilings.copy,
@@ -277,27 +277,8 @@ def tally(request: pytest.FixtureRequest) -> Callable[..., None]:
     return tally
 
 
-def _power_and_memory(call: Callable[[], object], device: torch.device, images: int) -> dict[str, float]:
-    """GiB at a call's peak, and watts and J/img over two seconds of calls: NVML's counter moves tens of times a second."""
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    energy, start, count = Energy(torch.cuda.device_count()), time.perf_counter(), 0
-    before = energy.joules()
-    while time.perf_counter() - start < 2:
-        call()
-        torch.cuda.synchronize(device)
-        count += 1
-    after, elapsed = energy.joules(), time.perf_counter() - start
-    found = {"GiB": torch.cuda.max_memory_allocated(device) / 2**30}
-    if before is not None and after is not None:
-        found["W"] = (after - before) / elapsed
-        if images:
-            found["J/img"] = (after - before) / (count * images)
-    return found
-
-
 def pytest_runtest_teardown() -> None:
-    """Rows are in their files before the next bench starts: a session that is killed has lost those of one bench."""
+    """Save the rows before the next bench starts: a killed session loses the rows of one bench at most."""
     summary.save(STASH)
 
 

@@ -27,7 +27,7 @@ LARGEST = 1e100  # of a number in a line; what is larger was not measured
 def make_pictures(model: DiT, config: Config, vae: VAE | None, world: World, num: int, batch: int = 64) -> Tensor:
     """Pictures 0 … num - 1 of the run's seed, made by all ranks together: uint8 [num, 3, H, W], on every rank.
 
-    Every rank runs the network as often, for the sharded network gathers its weights at each run.
+    Every rank runs the network equally often: each forward of a sharded network gathers weights from all ranks.
     """
     parts = []
     for start in range(0, num, batch * world.size):
@@ -161,7 +161,7 @@ def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
 
 
 def say(entry: Mapping[str, Any]) -> str:
-    """A line of figures as a person reads it, each figure with its floor in brackets."""
+    """A line of figures for a person to read, each with its floor in brackets."""
     parts = []
     for name, show in (("kid", "{:.4f}"), ("swd", "{:.4f}"), ("coverage", "{:.3f}"), ("nearest", "{:.1f}")):
         floor = entry.get(f"{name}_floor")

@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl tells: its lines, whatever a kill or another hand left in them, its curves and its facts."""
+"""What a run's metrics.jsonl holds: its lines (damaged ones are skipped), its curves, and the facts of the run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 
 def facts(config: Config, lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """What was trained on what for how long: names and values."""
+    """The facts of a run, such as its model, data and duration: names and values."""
     m, d, t, last = config.model, config.data, config.train, lines[-1]
     space = f"latents of {d.vae}" if d.vae else "pixels"
     seconds, done, skipped = number(last.get("seconds")), last["images"], number(last.get("skipped"))

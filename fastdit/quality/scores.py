@@ -1,4 +1,4 @@
-"""How near pictures are to real ones, without a download: figures of features and of pixels.
+"""How close pictures are to real ones, by features and by pixels, without a download.
 
 No figure here is comparable with a published FID or KID, which read Inception's features of thousands of images. One figure
 alone misleads: a network that repeats fifteen training images has a better KID than most that were trained. So there are four:
@@ -80,7 +80,7 @@ def nearest(x: Tensor, training: Tensor) -> Tensor:
             distance, index = (block.square().sum(1) - 2 * part @ block.T).min(1)
             where = torch.where(distance < best, index + start, where)
             best = torch.minimum(distance, best)
-        # The winner's distance anew: the difference of squares above has lost the digits of a small one.
+        # Recompute the smallest distance: the difference of squares above loses its digits.
         distances.append((part - many[where].float()).square().mean(1).sqrt())
     return torch.cat(distances)
 

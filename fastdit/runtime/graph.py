@@ -1,7 +1,7 @@
-"""A function of tensors as one CUDA graph: the host launches it once, where it would launch each of its kernels.
+"""A function of tensors as one CUDA graph: one launch by the host in place of one for each kernel.
 
-A graph replays the kernels that were captured, with the addresses and the numbers they were launched with. So whatever changes
-from call to call must be an argument, and the function must not read a tensor's value on the host, nor draw random numbers.
+A graph replays the captured kernels with the addresses and numbers of the capture. So everything that changes from call to call
+must be a tensor argument, and the function must neither read a tensor's value on the host nor draw random numbers.
 """
 
 from collections.abc import Callable

@@ -40,8 +40,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def precision(asked: str, device: torch.device | None = None) -> str:
     """A key of DTYPES: what was asked for; for "auto" bf16, or fp32 on a device that has no instructions for bf16.
 
-    Such is a GPU before Ampere, and a CPU of which PyTorch's oneDNN makes no use in bf16: there a matrix product takes a
-    hundred times as long as in fp32. None: any GPU of gpus.py.
+    GPUs before Ampere have none. Nor have many CPUs: without oneDNN's bf16 instructions a matrix product takes a hundred times
+    as long as in fp32. device None: any GPU of gpus.py.
     """
     if asked != "auto":
         return asked

@@ -1,4 +1,4 @@
-"""This process and what it hangs on: the launcher that started it may die, and the terminal it prints to may go away."""
+"""What this process depends on: the launcher that started it may die, and the terminal it prints to may close."""
 
 import codecs
 import contextlib

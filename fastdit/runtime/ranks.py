@@ -1,4 +1,4 @@
-"""The processes of a run: joining and leaving their group, doing a thing on every rank or on one, and stopping together."""
+"""The processes of a run: they join and leave their group, agree on errors, and stop together."""
 
 import contextlib
 import ctypes
@@ -110,7 +110,7 @@ def gather(world: World, value: T) -> list[T]:
 
 
 def every(world: World, function: Callable[[], T]) -> T:
-    """function() on every rank. Where it fails on one, by the user's doing or the disk's, all raise the same UserError."""
+    """function() on every rank. If it raises a UserError or an OSError on one rank, all ranks raise the same UserError."""
     error, unforeseen = "", None
     try:
         result = function()
@@ -139,9 +139,9 @@ def reason(error: OSError) -> str:
 
 
 def as_one(verb: Callable[[], T]) -> T:
-    """verb(), so that where one rank fails none goes on: it says why in a line, and the others that they lost it.
+    """verb(), such that a failure on one rank ends all: that rank prints its error, the others that they lost it.
 
-    Raises UserError where all ranks failed alike, having left the group together; RankError for what befell this one alone.
+    Raises UserError where all ranks failed with the same error, after they left the group; RankError for an error of this rank.
     """
     try:
         return verb()
@@ -167,7 +167,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def lost(error: RuntimeError) -> str:
-    """What an error of a collective says of the other ranks; empty for any other error."""
+    """What the error of a collective says of the other ranks; empty for any other error."""
     text = str(error)
     if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|[Ss]tore|[Bb]arrier", text):
         return ""
@@ -179,7 +179,7 @@ def lost(error: RuntimeError) -> str:
 class Stop:
     """SIGTERM, SIGINT, SIGHUP or SIGUSR1 to any rank stops all of them after the same step, without waiting in any step.
 
-    Each step starts a vote, a reduction of one number on the CPU, and reads the outcome of the step before's.
+    Each step starts a vote, a reduction of one number on the CPU, and reads the result of the previous step's vote.
     """
 
     SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)

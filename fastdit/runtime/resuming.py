@@ -1,4 +1,4 @@
-"""The folder that a run begins or goes on in, and what it may change when it goes on."""
+"""The folder that a run starts or resumes in, and the settings that a resumed run may change."""
 
 import dataclasses
 import json
@@ -101,7 +101,7 @@ def _kept(folder: Path, config: Config, before: Config, on_purpose: bool) -> Con
 
 
 def record_changes(folder: Path, changed: list[str], images_seen: int) -> None:
-    """Keep what a resumed run was changed in on purpose."""
+    """Append the deliberate changes of a resumed run to changes.jsonl."""
     if changed:
         with (folder / CHANGES).open("a") as file:
             file.write(json.dumps({"images": images_seen, "changed": changed}) + "\n")

@@ -124,8 +124,8 @@ def from_diffusers(tensors: Mapping[str, Tensor], about: Mapping[str, Any], num_
 def from_seed(tensors: Mapping[str, Tensor], num_heads: int = 0, patch: int = 0) -> Weights:
     """JulienRineau/diffusion-transformer, with its depthwise convolution of any K, or its plain MLP.
 
-    There the label of a batch's last image conditions all of the batch; here each image's own does. Outputs agree where all
-    labels are the same. patch tells p·p·C apart where C is not 4.
+    That code conditions a whole batch on its last image's label; here each image has its own. Outputs agree where all labels
+    are equal. patch: needed where C is not 4, since the file holds only p·p·C.
     """
     take = Taker(tensors)
     if "first_layer.t_embedder.0.weight" in take.left:

@@ -1,4 +1,4 @@
-"""Files and folders of other programs: what is in them, whose they are, and the process they were trained for."""
+"""Files and folders of other programs: their tensors, the program they come from, and the process they were trained for."""
 
 import dataclasses
 import json
