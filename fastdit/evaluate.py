@@ -84,7 +84,8 @@ def evaluate(options: Options) -> None:
     mine = missing[world.rank :: world.size]
     if missing:
         model = ranks.every(world, lambda: load_model(found.weights, config, world))
-        autoencoder = ranks.every(world, lambda: vae.of(config, world.device))
+        latents_by = "" if options.vae else found.latents_by
+        autoencoder = ranks.every(world, lambda: vae.of(config, world.device, latents_by))
         for chunk in track(mine, "sampling", console=console, disable=not console.is_terminal):
             make(folder / name(chunk), chunk, model, config, autoencoder, world, options)
         del model, autoencoder

@@ -74,7 +74,7 @@ def sample(options: Options) -> None:
     model = ranks.every(world, lambda: load_model(weights, config, world))
     if options.compile:
         sampling.compiled(model, world.device)
-    autoencoder = ranks.every(world, lambda: vae.of(config, world.device))
+    autoencoder = ranks.every(world, lambda: vae.of(config, world.device, "" if options.vae else source.latents_by))
     share = -(-options.num_images // world.size)
     mine = range(options.first + world.rank * share, options.first + min((world.rank + 1) * share, options.num_images))
     starts = range(mine.start, mine.stop, options.batch)

@@ -135,7 +135,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
     images_seen, window = resume(checkpoints, optimizer, pack, batch, folder)
 
     # What it reports.
-    autoencoder = ranks.every(world, lambda: vae.of(config, world.device))
+    autoencoder = ranks.every(world, lambda: vae.of(config, world.device, pack.manifest.vae_sha256))
     scored = config.eval.every_images is not None and world.rank == 0
     judge = ranks.every(world, lambda: references.of(config, world.device) if scored else None)
     ranks.once(world, lambda: start_run(config, folder, changed, images_seen, lock))

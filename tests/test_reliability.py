@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,13 +26,14 @@ import torch.distributed as dist
 import torch.utils.tensorboard  # here, as what follows: a rank is a fork, and need not import it again
 
 # ruff: noqa: F401
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
 from torch.distributed.tensor import DTensor
 
 from fastdit import command, evaluate, export, pictures, sample, sampling, train
 from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, TrainConfig
+from fastdit.data import encoding
 from fastdit.data.encoding import Pack
 from fastdit.meter import Meter
 from fastdit.model import DiT
@@ -718,6 +720,84 @@ def test_a_failure_on_one_rank_is_said_once_and_by_all_left(run_ranks, packs, tm
     assert [end.code for end in ends] == [2, 1, 2], ends
     assert "error: rank 1: KeyError: 'a reason'" in ends[0].output
     assert "KeyError" in ends[1].error
+
+
+# --- latents ---
+
+
+def autoencoder(folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 16],
+        latent_channels=4,
+        norm_num_groups=4,
+    ).save_pretrained(folder)
+
+
+def latent(folder: Path) -> Config:
+    """A run on 48 pictures of 16×16 as latents of 8×8: in folder/pack, by folder/vae."""
+    if not (folder / "pack").exists():
+        autoencoder(folder / "vae", 0)
+        pixels = torch.randint(0, 256, (48, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        data = torch.utils.data.TensorDataset(pixels, torch.arange(48) % 3)
+        encoding.pack_dataset(data, folder / "pack", image_size=(16, 16), vae=str(folder / "vae"))
+    data = {"num_images": None, "path": str(folder / "pack"), "vae": str(folder / "vae"), "image_size": (16, 16)}
+    model = {"patch": 4, "depth": 1, "width": 32, "num_heads": 2, "input_size": (8, 8), "channels": 4, "num_classes": 3}
+    return tiny(folder, folder, data=data, model=model, diffusion={"clip_x0": False})
+
+
+def test_a_run_on_latents_killed_goes_on_to_the_bit(run_ranks, finish, tmp_path):
+    config = latent(tmp_path)
+    finish(config)
+    plain = result(tmp_path)
+    shutil.move(tmp_path / "runs", tmp_path / "plain")
+    for place, number in (("micro-step", 7), ("in a save", 2)):
+        [end] = run_ranks.outcomes(1, hooked_run, config, place, number, (0,), init=False)
+        assert end.code == -signal.SIGKILL, end.output
+    finish(config)
+    assert result(tmp_path) == plain
+
+
+def read_latents(source: Path, out: Path, vae: str | None) -> list[str]:
+    """What sample.py and evaluate.py say of a run: an error's line each, or nothing."""
+    verbs = (
+        (sample.sample, sample.Options(str(source), num_images=1, steps=1, vae=vae, out=str(out))),
+        (evaluate.evaluate, evaluate.Options(str(source), num_images=16, metric="none", steps=1, vae=vae, out=str(out))),
+    )
+    said = []
+    for verb, options in verbs:
+        try:
+            verb(options)
+        except C.UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_an_autoencoder_swapped_under_a_pack_is_refused_by_name(run_ranks, finish, tmp_path):
+    """Its latents stay, and decode to other pictures: grids, evaluations and samples would be of another model."""
+    config = C.replace(latent(tmp_path), train={"lr_decay": "constant"})
+    finish(C.replace(config, train={"images": 2 * BATCH}))
+    run_folder, vae = tmp_path / "runs" / "tiny", tmp_path / "vae"
+    assert run_ranks(1, read_latents, run_folder, tmp_path / "before", None, init=False) == [[]]
+    shutil.move(vae, tmp_path / "first")
+    autoencoder(vae, 1)
+    digits = "[0-9a-f]{16}"
+    line = rf"--data\.vae {vae} is not the autoencoder that made the latents \(SHA-256 {digits} then, {digits} now\)"
+    [said] = run_ranks(1, read_latents, run_folder, tmp_path / "after", None, init=False)
+    assert len(said) == 2
+    assert all(re.match(line, error) for error in said), said
+    # Who names another decoder on purpose has it.
+    assert run_ranks(1, read_latents, run_folder, tmp_path / "asked", str(vae), init=False) == [[]]
+    for asked in (config, C.replace(config, run={"name": "new"})):
+        [end] = run_ranks.outcomes(1, run, asked, init=False)
+        assert end.code == 2, end.output
+        assert re.search(line, end.output)
+    assert not (tmp_path / "runs" / "new").exists()
+    shutil.rmtree(vae)
+    shutil.move(tmp_path / "first", vae)
+    finish(config)
 
 
 # --- other verbs beside a training ---

@@ -50,15 +50,28 @@ class VAE:
         return torch.cat([self.autoencoder.decode(part).sample for part in parts])
 
 
-def of(config: Config, device: torch.device) -> VAE | None:
-    """The autoencoder of a model's latents; None for a model of pixels. Raises UserError, also where it is another's."""
+def of(config: Config, device: torch.device, made_by: str = "") -> VAE | None:
+    """The autoencoder of a model's latents; None for a model of pixels. Raises UserError, also where it is another's.
+
+    made_by: the beginning of the SHA-256 of the one that made the latents the model was trained on; empty: not known.
+    """
     if not config.data.vae:
         return None
     loaded = load(config.data, device)
     if loaded.channels != config.model.channels:
         ours, where = config.model.channels, plain(config.data.vae)
         raise UserError(f"--data.vae {where} has latents of {loaded.channels} channels, the model's have {ours}")
+    require_same(loaded, made_by)
     return loaded
+
+
+def require_same(autoencoder: VAE, made_by: str) -> None:
+    """Raise UserError where another autoencoder made the latents, by the beginning of its SHA-256; empty: not known."""
+    if made_by and not (now := autoencoder.sha256()).startswith(made_by):
+        raise UserError(
+            f"--data.vae {plain(autoencoder.name)} is not the autoencoder that made the latents (SHA-256 {made_by[:16]} then, "
+            f"{now[:16]} now); restore it, or name its revision: ID@REVISION"
+        )
 
 
 def load(data: DataConfig, device: torch.device) -> VAE:

@@ -18,6 +18,7 @@ from fastdit.config import Config, UserError, plain
 from fastdit.data import classes
 from fastdit.model import DiT, choose_ops
 from fastdit.runtime import saved
+from fastdit.runtime.files import read_sums
 from fastdit.runtime.hardware import compute_dtype
 from fastdit.runtime.ranks import World
 from fastdit.runtime.run import checkpoints_of, load_config, run_of, save_config
@@ -33,6 +34,7 @@ class Located(NamedTuple):
     config: Config  # of the run that trained them
     home: Path  # where what is made of them goes: the run's folder, or the folder of the file
     images_seen: int | None  # None where no checkpoint says
+    latents_by: str = ""  # beginning of the SHA-256 of the autoencoder that made its latents; empty: none, or not known
 
 
 def locate(source: str | Path, **hub: Any) -> Located:
@@ -63,7 +65,7 @@ def locate(source: str | Path, **hub: Any) -> Located:
         newest = saved.newest(checkpoints_of(path, config))
         if newest is None:
             raise UserError(f"{path} holds no checkpoint yet")
-        return Located(newest / saved.WEIGHTS, config, path, int(newest.name))
+        return Located(newest / saved.WEIGHTS, config, path, int(newest.name), _latents_by(newest))
     repo_id, _, revision = str(source).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or Path(repo_id).parent.is_dir():
         raise UserError(f"{path} does not exist; name a run folder, an exported folder, a safetensors file or a hub id")
@@ -74,7 +76,18 @@ def locate(source: str | Path, **hub: Any) -> Located:
 def _checkpoint(folder: Path) -> Located:
     run = run_of(folder.parent)
     config = load_config(run / CONFIG)
-    return Located(folder / saved.WEIGHTS, config, run, int(folder.name) if folder.name.isdecimal() else None)
+    seen = int(folder.name) if folder.name.isdecimal() else None
+    return Located(folder / saved.WEIGHTS, config, run, seen, _latents_by(folder))
+
+
+def _latents_by(folder: Path) -> str:
+    """What a checkpoint says of the autoencoder behind its data. A damaged one says nothing here; reading it says the rest."""
+    try:
+        data = saved.read_about(folder, read_sums(folder, saved.FILES))["state"].get("data")
+    except (OSError, ValueError):
+        return ""
+    said = data.get("VAE") if isinstance(data, dict) else None
+    return said if isinstance(said, str) and re.fullmatch("[0-9a-f]{16}", said) else ""
 
 
 def load(source: str | Path, device: torch.device | str | None = None, *, precision: str = "auto", **hub: Any) -> DiT:
