@@ -163,7 +163,7 @@ class Checkpoints:
             try:
                 self._retain(name)
             except OSError as error:  # the new checkpoint is safe all the same
-                self.say(f"an old checkpoint was not removed: {error}")
+                self.say(plain(f"an old checkpoint was not removed: {error}"))
 
         try:
             if under_way := self._together(begin, name)[0]:

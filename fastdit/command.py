@@ -226,7 +226,7 @@ def _exits(rank: int) -> Iterator[None]:
 
 def _say(line: str, aloud: bool = True) -> None:
     if aloud:
-        print(line, file=sys.stderr, flush=True)
+        print(plain(line, 4000), file=sys.stderr, flush=True)
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # as torch.distributed.elastic.multiprocessing.errors reads it
     if file:
         with contextlib.suppress(OSError):

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastdit import command, sampling
-from fastdit.config import Config, UserError
+from fastdit.config import Config, UserError, plain
 from fastdit.data import vae
 from fastdit.model import DiT
 from fastdit.planning import memory as footprint
@@ -219,16 +219,16 @@ def measure(
 ) -> None:
     """Score the pictures, print the figures, keep them in the run's evaluations.jsonl and its curve."""
     seen, home = located.images_seen, located.home
-    console.print(f"{len(made):,} pictures of {located.weights}: {folder}", highlight=False, soft_wrap=True)
+    say(console, f"{len(made):,} pictures of {located.weights}: {folder}")
     if options.npz:
         path = folder / f"pictures-{len(made)}x{config.data.image_size[0]}x{config.data.image_size[1]}x3.npz"
         write_npz(path, made)
-        console.print(f"for the ADM suite: {path}", highlight=False, soft_wrap=True)
+        say(console, f"for the ADM suite: {path}")
     if metric in ("offline", "both"):
         judge = references.open_judge(config, min(len(made), OFFLINE_NUM), world.device, options.reference or "")
         entry = evaluation.line(config, seen, judge, made.first(judge.num))
         evaluation.record(home, entry)
-        console.print(evaluation.say(entry), highlight=False, soft_wrap=True)
+        say(console, evaluation.say(entry))
         console.print("these figures are not comparable with published FID or KID", highlight=False)
     if metric in ("fidelity", "both"):
         real = fid.Real(*references.references(config, options.reference_num, options.reference or ""))
@@ -239,7 +239,12 @@ def measure(
         }
         evaluation.record(home, entry)
         figures = "  ".join(f"{key} {entry[key]:.4f}" for key in ("fid", "inception_kid", "precision", "recall"))
-        console.print(f"{figures}  on {len(made):,} pictures against {entry['against']}", highlight=False, soft_wrap=True)
+        say(console, f"{figures}  on {len(made):,} pictures against {entry['against']}")
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line; what is in it from paths and datasets neither colours nor moves a terminal."""
+    console.print(plain(text, 4000), markup=False, highlight=False, soft_wrap=True)
 
 
 def write_npz(path: Path, made: Chunks) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastdit import command
 from fastdit import config as configs
-from fastdit.config import Config, ModelConfig, UserError
+from fastdit.config import Config, ModelConfig, UserError, plain
 from fastdit.data import classes, vae
 from fastdit.model import DiT
 from fastdit.quality import charts, evaluation, history
@@ -89,7 +89,7 @@ def export(options: Options) -> Path:
     if options.format == "release":
         names = sorted(path.name for path in out.iterdir())
         write_sums(out, {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names})
-    print(f"{options.format}: {out}")
+    print(plain(f"{options.format}: {out}", 4000))
     if options.push:
         print(f"uploaded: {folder.upload(out, options.push, private=options.private)}")
     return out

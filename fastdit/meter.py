@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
 from torch import Tensor
 
-from fastdit.config import Config, UserError
+from fastdit.config import Config, UserError, plain
 from fastdit.runtime.files import read_file, write_text
 from fastdit.runtime.hardware import Energy, memory_gib, peak_tflops
 from fastdit.runtime.ranks import World
@@ -182,7 +182,7 @@ class Meter:
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
         if not self.rank:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(plain(text, 4000), markup=False, highlight=False, soft_wrap=True)
 
     def image(self, images_seen: int, path: Path) -> None:
         """Show an image file, a grid of samples, in TensorBoard and Weights & Biases."""

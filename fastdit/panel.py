@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 
-from fastdit.config import Config
+from fastdit.config import Config, plain
 from fastdit.data.pack import Pack
 from fastdit.meter import count, plural
 from fastdit.model import choose_ops
@@ -54,7 +54,7 @@ def numbers(config: Config, device: torch.device) -> str:
 
 
 def show(facts: dict[str, str], console: Console | None = None) -> None:
-    text = "\n".join(f"{name:<8}{value}" for name, value in facts.items())
+    text = "\n".join(f"{name:<8}{plain(value, 1000)}" for name, value in facts.items())
     console = console or Console()
     if console.is_terminal:
         console.print(Panel(escape(text), title="fastdit", title_align="left", expand=False), highlight=False)

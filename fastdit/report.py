@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from fastdit import command
-from fastdit.config import Config, UserError
+from fastdit.config import Config, UserError, plain
 from fastdit.quality import charts, evaluation, history
 from fastdit.runtime.files import read_file, write_text
 from fastdit.runtime.run import load_config
@@ -43,7 +43,7 @@ def main() -> None:
     def parse(argv: Sequence[str]) -> Options:
         return command.parse_args(Options, argv, "fastdit/report.py", __doc__ or "")
 
-    command.run(lambda options: print(report(options)), parse)
+    command.run(lambda options: print(plain(report(options), 4000)), parse)
 
 
 def report(options: Options) -> Path:

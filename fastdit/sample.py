@@ -21,7 +21,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fastdit import command, pictures, sampling
-from fastdit.config import Config, UserError
+from fastdit.config import Config, UserError, plain
 from fastdit.data import classes, encoding, vae
 from fastdit.model import DiT
 from fastdit.planning import memory as footprint
@@ -96,7 +96,7 @@ def sample(options: Options) -> None:
     out = Path(options.out) if options.out else source.home / "pictures"
     grid = ranks.once(world, lambda: write(images, out, config, options, label, names))
     ranks.shutdown()
-    console.print(f"{len(images)} pictures of {weights}: {grid}", highlight=False, soft_wrap=True)
+    console.print(plain(f"{len(images)} pictures of {weights}: {grid}", 4000), markup=False, highlight=False, soft_wrap=True)
 
 
 def open_source(options: Options) -> Located:

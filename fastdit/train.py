@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastdit import panel, pictures, sampling
 from fastdit.checkpoint import Checkpoints
-from fastdit.config import Config, UserError
+from fastdit.config import Config, UserError, plain
 from fastdit.data import classes, encoding, vae
 from fastdit.data.manifest import changes, identity
 from fastdit.diffusion import Drawn, Objective, choose_objective, draw
@@ -146,7 +146,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
     run = Run(config, folder, world, batch, pack, model, optimizer, objective, checkpoints, autoencoder, judge, meter)
     if world.rank == 0:
         for change in changed:
-            print(f"changed on purpose, from {images_seen:,} images on: {change}", flush=True)
+            print(f"changed on purpose, from {images_seen:,} images on: {plain(change)}", flush=True)
         parameters = sum(p.numel() for p in model.parameters())
         panel.show(panel.facts(config, folder, world, pack, parameters, flops, images_seen))
     profiler = Profiler(folder / "profile", 0 if world.rank else config.profile, world.device, meter.say)
@@ -181,9 +181,8 @@ def train(config: Config, on_purpose: bool = False) -> int:
     lock.release()
     ranks.shutdown()
     if world.rank == 0:
-        print(
-            f"stopped by signal {signalled} at" if signalled else "finished:", f"{images_seen:,} images, {folder}", flush=True
-        )
+        said = f"stopped by signal {signalled} at" if signalled else "finished:"
+        print(f"{said} {images_seen:,} images, {plain(folder)}", flush=True)
     return 128 + signalled if signalled else 0
 
 
@@ -261,7 +260,7 @@ def start_run(config: Config, folder: Path, changed: list[str], images_seen: int
 
 def warn(text: str) -> None:
     if text:
-        print(f"warning: {text}", flush=True)
+        print(plain(f"warning: {text}", 1000), flush=True)
 
 
 def resume(

@@ -29,7 +29,7 @@ import torch.utils.tensorboard  # here, as what follows: a rank is a fork, and n
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
 from torch.distributed.tensor import DTensor
 
-from fastdit import command, evaluate, export, pictures, sample, sampling, train
+from fastdit import command, evaluate, export, pictures, report, sample, sampling, train
 from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, TrainConfig
@@ -654,6 +654,37 @@ def test_a_spike_on_one_rank_is_skipped_by_all_and_the_window_survives_a_kill(ru
         assert end.code == -signal.SIGKILL
     finish(config(tmp_path), 2, run_with_spike, 6, 1, "step", 0)
     assert result(tmp_path) == result(tmp_path / "plain")
+
+
+# --- names that are no words ---
+
+
+def every_verb(config: Config, out: Path) -> None:
+    """Train twice, the second time past a damaged checkpoint; sample, evaluate, export, report; at last an error."""
+    short = C.replace(config, train={"images": 4 * BATCH, "lr_decay": "constant"})
+    train.train(short)
+    folder = Path(config.run.folder) / "tiny"
+    (max((folder / "checkpoints").iterdir()) / "checkpoint.json").write_bytes(b"damaged")
+    train.train(C.replace(short, train={"images": 6 * BATCH}))
+    sample.sample(sample.Options(str(folder), num_images=1, steps=1, out=str(out)))
+    evaluate.evaluate(evaluate.Options(str(folder), num_images=16, metric="none", steps=1, npz=True, out=str(out)))
+    print(report.report(report.Options(str(folder))).name)
+    export.export(export.Options(str(folder), out=str(out / "exported")))
+    command.run(train.train, lambda argv: C.replace(short, run={"seed": 5}))
+
+
+def test_what_a_name_holds_reaches_no_terminal(run_ranks, packs, tmp_path):
+    """A folder may be called what colours a terminal, clears it, forges a line or is markup of the printing library."""
+    evil = tmp_path / "a\x1b[31mred\x1b]0;title\x07\nerror: forged\r[bold][/nothing]"
+    evil.mkdir(parents=True)  # the markup's slash makes two of it
+    [end] = run_ranks.outcomes(1, every_verb, tiny(evil, packs), evil / "out\x1b[2J", init=False, timeout=120)
+    assert end.code == 2, end.output + end.error
+    lines = end.output.splitlines()
+    for said in ("is passed over", "finished: 96 images", "1 pictures of", "for the ADM suite", "error: ", "run     tiny in"):
+        assert any(said in line for line in lines), said
+    assert all(line.isprintable() for line in end.output.split("\n")), end.output
+    assert not any(line.startswith("error: forged") for line in lines)
+    assert "[bold][/nothing]" in next(line for line in lines if "finished" in line)
 
 
 # --- what one rank alone meets ---
