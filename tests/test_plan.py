@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastdit_kernels.cpu import CPU
 from fastdit_kernels.reference import REFERENCE
 from torch.nn import functional as F
 
@@ -242,6 +243,13 @@ def test_what_cannot_be_planned_is_one_line(argv, message):
         plan.plan(plan.parse(argv))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ops", [OPS, CPU], ids=["reference", "CPU"])
+def test_a_large_batch_follows_from_two_small_ones(ops):
+    config = RECIPES["cats"]
+    traced = activations._traced(config.model, config.parallel, 160, ops)
+    assert activations.activations(config, 160, ops) == pytest.approx(traced, rel=0.01)
 
 
 def test_a_run_that_cannot_work_is_refused_in_one_line_before_it_starts(monkeypatch):

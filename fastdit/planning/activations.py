@@ -1,6 +1,7 @@
 """Bytes of a micro-step's activations, from the real model on the meta device: nothing is allocated, no GPU is needed."""
 
 import weakref
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdit.config import Config
+from fastdit.config import Config, ModelConfig, ParallelConfig
 from fastdit.model import DiT
 from fastdit.runtime import sharding
 from fastdit.runtime.hardware import compute_dtype
+
+FEW, MANY = 8, 64  # images of the traces from which larger batches follow
 
 
 class Activations(NamedTuple):
@@ -28,14 +31,23 @@ def activations(config: Config, batch: int, ops: Ops | None = None) -> Activatio
     """Forward and backward of the config's model on the meta device, where tensors have sizes and no bytes.
 
     ops: those the run would use; by default what --kernels and --attention choose on a GPU. Eager: a compiled block saves as
-    much or less.
+    much or less. Beyond MANY images a line through FEW and MANY: on a CPU, ops work in chunks, and a trace takes as long as
+    there are chunks.
     """
-    dtype = compute_dtype(config.parallel.precision)
-    ops = (ops or planned_ops(config))._replace(attention=flash_attention)
-    m = config.model
+    ops = ops or planned_ops(config)
+    if batch <= MANY:
+        return _traced(config.model, config.parallel, batch, ops)
+    few, many = (_traced(config.model, config.parallel, n, ops) for n in (FEW, MANY))
+    growth = (batch - MANY) / (MANY - FEW)
+    return Activations(*(round(b + growth * (b - a)) for a, b in zip(few, many, strict=True)))
+
+
+@lru_cache(maxsize=16)
+def _traced(m: ModelConfig, parallel: ParallelConfig, batch: int, ops: Ops) -> Activations:
+    ops = ops._replace(attention=flash_attention)
     with torch.device("meta"):
-        model = DiT(m, ops).to(dtype)
-        sharding.checkpoint(model, config.parallel)
+        model = DiT(m, ops).to(compute_dtype(parallel.precision))
+        sharding.checkpoint(model, parallel)
         x, t = torch.empty(batch, m.channels, *m.input_size), torch.empty(batch)
         y = torch.empty(batch, dtype=torch.int64) if m.num_classes else None
     weights = {_key(p) for p in model.parameters()}

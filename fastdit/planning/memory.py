@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdit.config import Config, ModelConfig, UserError, replace
 from fastdit.embeddings import num_frequencies
 from fastdit.model import DiT, out_channels
-from fastdit.planning.activations import activations
+from fastdit.planning.activations import FEW, MANY, activations
 from fastdit.runtime.hardware import compute_dtype, memory_bytes, precision
 from fastdit.runtime.ranks import World
 
@@ -111,10 +111,9 @@ def batch_bytes(config: Config, batch: int, ops: Ops | None = None) -> dict[str,
 def largest_batch(config: Config, ranks: int, memory: float, ops: Ops | None = None) -> int:
     """The most images per rank and micro-step that fit into `memory` bytes with the weights sharded over `ranks`; 0: none."""
     room = memory - RESERVED - sum(state_bytes(config, ranks).values())
-    few, many = 8, 64
-    low, high = (sum(batch_bytes(config, n, ops).values()) for n in (few, many))
-    per_image = (high - low) / (many - few)  # what grows with the batch grows in proportion
-    return max(0, int(many + (room - high) / per_image))
+    low, high = (sum(batch_bytes(config, n, ops).values()) for n in (FEW, MANY))
+    per_image = (high - low) / (MANY - FEW)  # what grows with the batch grows in proportion
+    return max(0, int(MANY + (room - high) / per_image))
 
 
 def advice(config: Config, ranks: int, memory: float, ops: Ops | None = None) -> str:
