@@ -209,6 +209,15 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One CPU thread: for networks too small to share out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def soaked(request) -> Callable[..., None]:
     """soaked(figure, passed=200, …): keep what a test marked `soak` counted in tests/results/soak.json; else do nothing."""
 

@@ -32,17 +32,10 @@ from fastdit.weights.foreign import from_diffusers, from_facebook, from_seed
 from fastdit.weights.pickles import check_pickle, load_pickled
 from fastdit.weights.sources import read, read_diffusers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D, L, H, T = 48, 2, 3, 16  # a width, blocks, heads and tokens that are no size of the paper's
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are too small to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:

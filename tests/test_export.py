@@ -27,17 +27,10 @@ from fastdit.runtime.run import save_config
 from fastdit.runtime.tensors import load_weights
 from fastdit.weights.folder import from_pretrained, push_to_hub, save_pretrained
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"input_size": (8, 8), "num_classes": 5, "patch": 2, "depth": 2, "width": 48, "num_heads": 3}
 PLAIN = {**SMALL, "channels": 4, "conv_kernel": 0, "time_embedding": "diffusers", "position": "fixed"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are too small to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config_of(folder: Path, model: dict, **groups) -> Config:

@@ -20,17 +20,10 @@ from fastdit.runtime.tensors import load_weights, save_weights
 from fastdit.weights.folder import from_pretrained
 from fastdit.weights.foreign import from_facebook, from_sit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D, L, H, SIDE, PATCH = 48, 2, 3, 8, 2
 T = (SIDE // PATCH) ** 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are too small to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def linear(name: str, out: int, into: int) -> dict[str, tuple[int, ...]]:

@@ -18,16 +18,9 @@ from fastdit.runtime.run import load_config, save_config
 from fastdit.weights.folder import save_pretrained
 from fastdit.weights.start import adopt, start_from
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"input_size": (8, 8), "num_classes": 5, "patch": 2, "depth": 2, "width": 48, "num_heads": 3}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are too small to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config_of(**model) -> Config:
