@@ -73,7 +73,8 @@ def moved(schema: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
         written = argument.alias_info is not None and argument.alias_info.is_write
         if argument.name == "grads" and name.startswith("_fused") and given.get("grad_scale") is None:
             written = False  # PyTorch's fused optimizers write gradients back only to scale them
-        found += size * (written + (not (written and (argument.is_out or name.startswith(OVERWRITES)))))
+        overwritten = argument.is_out or name.startswith(OVERWRITES) or (name, argument.name) == ("adamw_ema", "copies")
+        found += size * (written + (not (written and overwritten)))
     made = out if isinstance(out, tuple) and len(schema.returns) > 1 else (out,)
     return found + sum(stored(t) for t, r in zip(made, schema.returns, strict=False) if r.alias_info is None)
 

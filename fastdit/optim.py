@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 from fastdit.config import TrainConfig
 from fastdit.ema import EMA
 from fastdit.runtime import graph
-from fastdit.runtime.sharding import collect_gradients, local, named_shards, refresh
+from fastdit.runtime.sharding import collect_gradients, local, main_param, named_parameters, named_shards, refresh
 
 BETA1, EPS = 0.9, 1e-8
 
@@ -107,17 +107,17 @@ def lr_at(images_seen: int, config: TrainConfig) -> float:
 
 
 @torch.no_grad()
-def clip_and_check(optimizer: ShardAdamW, max_norm: float, spike: Tensor | None = None) -> Tensor:
-    """The global gradient norm, fp32 on the device, before clipping; prepares the optimizer's next step by it.
+def clip_and_check(optimizer: ShardAdamW, grads: list[Tensor], max_norm: float, spike: Tensor | None = None) -> Tensor:
+    """The global norm of these gradients, fp32 on the device, before clipping; prepares the optimizer's next step by it.
 
     The step divides the gradients by max(1, norm / max_norm), which saves a pass over them; max_norm 0 turns clipping off.
     After a non-finite norm or a spike the step changes nothing on any rank. One all-reduce of one number.
     """
-    grads = [p.grad for p in optimizer.named.values() if p.grad is not None]
     if not grads:
         raise ValueError("no parameter has a gradient; call backward first")
-    # The sum over tensors and ranks in fp64, so that it hardly depends on how the weights are sharded.
-    square = torch.stack(torch._foreach_norm([local(g) for g in grads])).double().square().sum()
+    # Each tensor's in fp32, whatever its type. The sum over tensors and ranks in fp64, so that it hardly depends on how the
+    # weights are sharded.
+    square = torch.stack(torch._foreach_norm([local(g) for g in grads], dtype=torch.float32)).double().square().sum()
     first = grads[0]
     if isinstance(first, DTensor):
         assert all(isinstance(g, DTensor) and g.device_mesh == first.device_mesh for g in grads), "one mesh for all parameters"
@@ -174,6 +174,8 @@ class Optimizer:
     """What follows a backward: the learning rate, the guard, AdamW and the averaged weights. For a model already sharded.
 
     kernel: whether AdamW and the average are one pass of our Triton kernel, 36 bytes a parameter, or PyTorch's fused two, 44.
+    On one rank it also writes the copies that the network computes with, and reads their gradients, where no others are summed
+    with them: the passes that would cast both are left out, at the same bits.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, global_batch: int, kernel: bool = False):
@@ -182,7 +184,9 @@ class Optimizer:
         self.spikes = Spikes(config.spike_sigma, self.adamw.skips.device) if config.spike_sigma else None
         self.adamw_ema: Callable[..., None] | None = None
         self.table: Tensor | None = None
+        self.copies: list[nn.Parameter] = []  # of adamw.named's, written by the kernel
         if kernel:
+            self.copies = [p for p in named_parameters(model).values() if main_param(p) is not p]
             from fastdit_kernels.adamw_ema import adamw_ema, addresses  # here: they import triton, which only Linux has
 
             self.adamw_ema, self.address_table = adamw_ema, addresses
@@ -205,26 +209,38 @@ class Optimizer:
         """
         lr, weight = rates.unbind()
         spike = self.spikes.find(loss) if self.spikes and loss is not None else None
-        collect_gradients(self.model)
-        norm = clip_and_check(self.adamw, self.config.grad_clip, spike)
+        grads = self._gradients()
+        norm = clip_and_check(self.adamw, grads, self.config.grad_clip, spike)
         if self.adamw_ema is None:
             self.adamw.step(lr)
             self.ema.update(weight, self.adamw.found_inf)
         else:
-            self._one_pass(lr, weight)
+            self._one_pass(grads, lr, weight)
         self.adamw.zero_grad()
-        refresh(self.model)
+        for copy in self.copies:
+            copy.grad = None
+        if not self.copies:
+            refresh(self.model)
         return norm
 
+    def _gradients(self) -> list[Tensor]:
+        """Of each of adamw.named: the copies' own where the kernel reads them and no micro-step came before, else fp32."""
+        parameters = [*self.adamw.named.values()]
+        if self.copies and all(p.grad is None for p in parameters):
+            parameters = self.copies
+        else:
+            collect_gradients(self.model)
+        return [p.grad for p in parameters if p.grad is not None]
+
     @torch.no_grad()
-    def _one_pass(self, lr: Tensor, weight: Tensor) -> None:
+    def _one_pass(self, grads: list[Tensor], lr: Tensor, weight: Tensor) -> None:
         """AdamW's step and the update of the average, in one launch over all local shards."""
         assert self.adamw_ema is not None
         adamw, named = self.adamw, self.adamw.named
         adamw.steps.add_(1).sub_(adamw.found_inf)
         lists = (
             [local(p) for p in named.values()],
-            [local(p.grad) for p in named.values() if p.grad is not None],  # all have one
+            [local(g) for g in grads],
             [local(adamw.state[p]["exp_avg"]) for p in named.values()],
             [local(adamw.state[p]["exp_avg_sq"]) for p in named.values()],
             [local(self.ema.tensors[name]) for name in named],
@@ -232,11 +248,12 @@ class Optimizer:
         self.table = None
         if graph.capturing():
             # A graph would copy from the host memory of the capture, which is free by then: `captured` fills the table.
-            self.addresses = self.address_table(*lists)
+            self.addresses = self.address_table(*lists, copies=self.copies)
             self.table = torch.empty(self.addresses.shape, dtype=torch.int64, device=adamw.skips.device)
         self.adamw_ema(
             *lists, adamw.decays, adamw.steps, adamw.grad_scale, adamw.found_inf,
             lr=lr, beta1=BETA1, beta2=self.config.beta2, eps=EPS, weight=weight, table=self.table,
+            copies=[c.detach() for c in self.copies],
         )  # fmt: skip
 
     def captured(self, succeeded: bool) -> None:

@@ -8,10 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastdit.config import TrainConfig
 from fastdit.ema import EMA
 from fastdit.optim import Optimizer, ShardAdamW, clip_and_check, lr_at
+from fastdit.runtime import sharding
 
 CONFIG = TrainConfig(images=80, lr=1e-2, lr_decay="cosine", warmup_images=12, weight_decay=0.1, beta2=0.95, ema=0.9)
 BATCH = 8  # images per step
@@ -168,6 +171,65 @@ def test_a_non_finite_gradient_changes_nothing_on_any_rank(run_ranks, kernel):
         assert all(float(t) == 4 for n, t in tensors.items() if n.startswith("step."))
 
 
+class Ops(TorchDispatchMode):
+    """Writes down each op, and how many numbers it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        numbers = sum(t.numel() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+        self.seen.append((func.__name__.partition(".")[0], numbers))
+        return func(*args, **(kwargs or {}))
+
+
+def on_copies(summed: bool, micro_steps: int) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], set[str]]:
+    """Tensors and norms after three steps of a network that computes in bf16, and the large ops of the last one.
+
+    summed: gradients are made fp32 first, though there is nothing to sum.
+    """
+    net = build(False)
+    sharding.compute_in(net, torch.bfloat16)
+    sharding.refresh(net)
+    optimizer = Optimizer(net, dataclasses.replace(CONFIG, grad_clip=1.0), BATCH, kernel=True)
+    norms = []
+    for step in range(3):
+        for micro in range(micro_steps):
+            sharding.communicate(net, last=micro == micro_steps - 1)
+            (net(torch.tensor([0, 1, 2, 1])).float() - step - micro).square().mean().mul(10).backward()
+        if summed:
+            sharding.collect_gradients(net)
+        if step == 1:
+            net.blocks[0].linear.weight.grad = torch.full_like(net.blocks[0].linear.weight, math.nan)
+        with Ops() as ops:
+            norms.append(optimizer.step(optimizer.rates(step * BATCH)))
+        assert all(p.grad is None and sharding.main_param(p).grad is None for p in net.parameters())
+        for p in net.parameters():
+            assert torch.equal(p, sharding.main_param(p).bfloat16())
+    return optimizer.tensors(), norms, {name for name, numbers in ops.seen if numbers > 100}
+
+
+@pytest.mark.usefixtures("device")
+def test_on_one_rank_no_pass_casts_gradients_or_weights():
+    """In bf16, by the kernel: the bits are those of gradients made fp32 first, a step that is skipped among them."""
+    tensors, norms, ops = on_copies(summed=False, micro_steps=1)
+    expected, theirs, _ = on_copies(summed=True, micro_steps=1)
+    assert [n for n, t in tensors.items() if not torch.equal(bits(t), bits(expected[n]))] == []
+    assert torch.stack(norms).nan_to_num(-1).equal(torch.stack(theirs).nan_to_num(-1))
+    assert tensors["skips"].tolist() == [1, 0]
+    assert ops == {"_foreach_norm", "adamw_ema"}
+
+
+@pytest.mark.usefixtures("device")
+def test_over_micro_steps_gradients_are_summed_in_fp32():
+    tensors, norms, ops = on_copies(summed=False, micro_steps=2)
+    expected, theirs, _ = on_copies(summed=True, micro_steps=2)
+    assert [n for n, t in tensors.items() if not torch.equal(bits(t), bits(expected[n]))] == []
+    assert torch.stack(norms).nan_to_num(-1).equal(torch.stack(theirs).nan_to_num(-1))
+    assert "_foreach_copy_" not in ops
+
+
 def test_skips_in_a_row_are_counted():
     net = build(False)
     optimizer = ShardAdamW(net, CONFIG)
@@ -175,13 +237,12 @@ def test_skips_in_a_row_are_counted():
     for value in (1.0, math.nan, math.nan, 1.0, -math.inf, 1e30):
         for p in net.parameters():
             p.grad = torch.full_like(p, value)
-        clip_and_check(optimizer, 1.0)
+        clip_and_check(optimizer, [p.grad for p in net.parameters()], 1.0)
         counts.append(optimizer.skips.tolist())
     # 1e30 squared is beyond fp32: what cannot be measured is skipped too.
     assert counts == [[0, 0], [1, 1], [2, 2], [2, 0], [3, 1], [4, 2]]
-    optimizer.zero_grad()
     with pytest.raises(ValueError, match="no parameter has a gradient"):
-        clip_and_check(optimizer, 1.0)
+        clip_and_check(optimizer, [], 1.0)
 
 
 def test_a_skip_keeps_the_sign_of_zero():
