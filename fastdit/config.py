@@ -6,6 +6,7 @@ command line takes it. Tests and weights from elsewhere set such fields in Pytho
 
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,10 +73,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    patch: int = 2  # side of the square patch that becomes one token
+    patch: int = 2  # side of the patch that becomes one token: of pixels, or steps of a sequence; each frame has its own tokens
     depth: int = 6  # number of blocks
     width: int = 192  # D, of the residual stream; a head has 64 of it
-    conv_kernel: int = 3  # side of the depthwise convolution in the MLP: 3, 4 or 5; 0: plain MLP
+    conv_kernel: int = 3  # side of the depthwise convolution in the MLP: 3, 4 or 5, of a sequence also 7; 0: plain MLP
     class_dropout: float = 0.0  # share of labels replaced by the null class, for classifier-free guidance
     qk_norm: bool = False  # RMS-normalise q and k per head
     input_size: Derived[tuple[int, ...]] = (32, 32)  # rows and columns the network sees: pixels, the VAE's latents; or a grid
@@ -87,6 +88,30 @@ class ModelConfig:
     time_embedding: Derived[Literal["dit", "diffusers", "seed", "sit"]] = "dit"  # whose sinusoids of t
     mlp_ratio: Derived[int] = 4  # hidden width of the MLP over the width
     position: Derived[Literal["learned", "fixed"]] = "learned"  # embedding of the token's place, from a sinusoidal start
+
+    @property
+    def patches(self) -> tuple[int, ...]:
+        """Sides of a token's patch along each axis of the input: (length), (rows, columns) or (frames, rows, columns)."""
+        return (1, self.patch, self.patch) if len(self.input_size) == 3 else (self.patch,) * len(self.input_size)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens along each axis."""
+        return tuple(side // p for side, p in zip(self.input_size, self.patches, strict=True))
+
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def patch_size(self) -> int:
+        """Positions of the input in a patch."""
+        return math.prod(self.patches)
+
+    @property
+    def conv_taps(self) -> int:
+        """Of one channel's convolution: a sequence has a line of them, images and each frame of a video a square."""
+        return self.conv_kernel ** min(2, len(self.input_size))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """What the network is trained on: DDPM over diffusers' schedules, or rectified flow. One class for each, and what they share.
 
-The network is any callable model(x [B, C, H, W] fp32, t [B] fp32, y [B] int64 or None) → [B, C, H, W], or [B, 2C, H, W] where
-it learns the variance. t counts in training steps: 0 … timesteps - 1 under DDPM, 0 to timesteps under flow. Everything but the
-network is fp32, and every random number is a function of (seed, image number), so no result depends on how images are batched.
+The network is any callable model(x [B, C, *size] fp32, t [B] fp32, y [B] int64 or None) → [B, C, *size], or [B, 2C, *size]
+where it learns the variance; the size is that of a sequence, an image or a video: one to three numbers. t counts in training
+steps: 0 … timesteps - 1 under DDPM, 0 to timesteps under flow. Everything but the network is fp32, and every random number is a
+function of (seed, image number), so no result depends on how images are batched.
 """
 
 import math
@@ -47,7 +48,7 @@ class Labels:
 
     @torch.no_grad()
     def unlabelled(self, model: Network, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:
-        """What the network predicts for x_t [B, C, H, W] without labels, fp32; None where model guidance is off."""
+        """What the network predicts for x_t [B, C, *size] without labels, fp32; None where model guidance is off."""
         if not self.guidance:
             return None
         if y is None or not self.dropout:
@@ -65,28 +66,28 @@ class Labels:
         """
         if unlabelled is None or y is None:
             return target
-        w = _per_image((y != self.num_classes).float() * self.guidance)
+        w = _per_image((y != self.num_classes).float() * self.guidance, target)
         return target + w * (labelled.detach() - unlabelled)
 
 
 class Drawn(NamedTuple):
     """A batch and its random numbers: all that a loss depends on, apart from the network."""
 
-    x0: Tensor  # fp32 [B, C, H, W]
-    noise: Tensor  # fp32 [B, C, H, W]
+    x0: Tensor  # fp32 [B, C, *size]
+    noise: Tensor  # fp32 [B, C, *size]
     t: Tensor  # [B], as the objective's `timesteps` returns it
     y: Tensor | None  # int64 [B], some of them dropped
 
 
 def draw(objective: "Objective", x0: Tensor, y: Tensor | None, seed: int, first: int) -> Drawn:
-    """What images first … first + B - 1 of the run are trained on; x0 [B, C, H, W] holds them, y [B] their labels."""
+    """What images first … first + B - 1 of the run are trained on; x0 [B, C, *size] holds them, y [B] their labels."""
     x0 = x0.float()
     noise = rng.normal(tuple(x0.shape[1:]), seed, "noise", first, len(x0), x0.device)
     return Drawn(x0, noise, objective.timesteps(seed, first, len(x0)), objective.labels.drop(y, seed, first))
 
 
 def evaluate(model: Network, x_t: Tensor, t: Tensor, y: Tensor | None, channels: int) -> Tensor:
-    """The network's answer, fp32 [B, channels, H, W]. Raises ValueError for another number of channels."""
+    """The network's answer, fp32 [B, channels, *size]. Raises ValueError for another number of channels."""
     out = model(x_t, t.float(), y).float()
     if out.shape[1] != channels:
         raise ValueError(f"the network returned {out.shape[1]} channels; expected {channels}")
@@ -94,7 +95,7 @@ def evaluate(model: Network, x_t: Tensor, t: Tensor, y: Tensor | None, channels:
 
 
 def mean_square(error: Tensor) -> Tensor:
-    """[B, C, H, W] → [B]"""
+    """[B, C, *size] → [B]"""
     return error.square().flatten(1).mean(1)
 
 
@@ -116,7 +117,7 @@ class Flow:
         return self.losses(model, x0, y, seed, first).mean()
 
     def losses(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
-        """The loss of each image, fp32 [B]; x0 [B, C, H, W] holds images first … first + B - 1 of the run, y their labels."""
+        """The loss of each image, fp32 [B]; x0 [B, C, *size] holds images first … first + B - 1 of the run, y their labels."""
         return self.losses_of(model, draw(self, x0, y, seed, first))
 
     def losses_of(self, model: Network, drawn: Drawn) -> Tensor:
@@ -139,8 +140,8 @@ class Flow:
         return (mean + deviation * z).sigmoid() * self.config.timesteps
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t and what the network should return for it, fp32 [B, C, H, W]."""
-        s = _per_image(t / self.config.timesteps)
+        """x_t and what the network should return for it, fp32 [B, C, *size]."""
+        s = _per_image(t / self.config.timesteps, x0)
         x_t = (1 - s) * x0 + s * noise
         return x_t, x0 if self.config.prediction == "x0" else noise - x0
 
@@ -170,7 +171,7 @@ class DDPM:
         return self.losses(model, x0, y, seed, first).mean()
 
     def losses(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
-        """The loss of each image, fp32 [B]; x0 [B, C, H, W] holds images first … first + B - 1 of the run, y their labels."""
+        """The loss of each image, fp32 [B]; x0 [B, C, *size] holds images first … first + B - 1 of the run, y their labels."""
         return self.losses_of(model, draw(self, x0, y, seed, first))
 
     def losses_of(self, model: Network, drawn: Drawn) -> Tensor:
@@ -193,7 +194,7 @@ class DDPM:
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and what the network should return for it, fp32; bit-equal to diffusers' add_noise and get_velocity."""
-        signal, noise_level = _per_image(self.signal[t]), _per_image(self.noise_level[t])
+        signal, noise_level = _per_image(self.signal[t], x0), _per_image(self.noise_level[t], x0)
         x_t = signal * x0 + noise_level * noise
         if self.config.prediction == "epsilon":
             return x_t, noise
@@ -221,14 +222,14 @@ class VariationalBound:
         self.error_in_mean = error_in_mean.float().to(device)
 
     def __call__(self, x0: Tensor, error: Tensor, variance: Tensor, t: Tensor) -> Tensor:
-        """In bits per dimension [B]. error is prediction minus target [B, C, H, W]; variance is the network's, -1 for the
+        """In bits per dimension [B]. error is prediction minus target [B, C, *size]; variance is the network's, -1 for the
         posterior's and 1 for beta.
 
         The means of both distributions are affine in the prediction, so their distance follows from the error alone.
         """
-        low, high = _per_image(self.min_log_variance[t]), _per_image(self.max_log_variance[t])
+        low, high = _per_image(self.min_log_variance[t], x0), _per_image(self.max_log_variance[t], x0)
         log_variance = low + (variance + 1) / 2 * (high - low)
-        distance = _per_image(self.error_in_mean[t]) * error  # true mean minus predicted mean
+        distance = _per_image(self.error_in_mean[t], error) * error  # true mean minus predicted mean
         kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + distance.square() * (-log_variance).exp())
 
         # At t = 0: the likelihood of x0's bin among 256 between -1 and 1, the outer ones open. DiT does the same to latents.
@@ -251,8 +252,8 @@ def choose_objective(config: Config, device: torch.device) -> Objective:
     return Flow(d, labels, device) if d.kind == "flow" else DDPM(d, labels, device, m.learn_sigma)
 
 
-def _per_image(values: Tensor) -> Tensor:
-    return values[:, None, None, None]  # [B] → [B, 1, 1, 1]
+def _per_image(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.ndim - 1))  # [B] → [B, 1, …], as many axes as x has
 
 
 def _normal_cdf(z: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""What the network makes of an image's places and of the time: patches as tokens, and sinusoids of t and of each place.
+"""What the network makes of places and of the time: patches as tokens, and sinusoids of t and of each place.
 
-B batch, T tokens, D width, C channels.
+B batch, T tokens, D width, C channels. A grid has one axis (a sequence), two (an image) or three (frames of a video).
 """
 
 import math
@@ -8,24 +8,29 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastdit.config import ModelConfig
 
 FREQUENCIES = 256  # sinusoids that embed the timestep
 
 
-def patchify(x: Tensor, patch: int) -> Tensor:
-    """[B, C, rows, columns] → [B, T, C·patch²], in the order a convolution's weight flattens to."""
-    return F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
+def patchify(x: Tensor, config: ModelConfig) -> Tensor:
+    """[B, C, *input_size] → [B, T, C·patch_size], in the order a convolution's weight flattens to."""
+    grid, patches = config.grid, config.patches
+    n = len(grid)
+    x = x.reshape(*x.shape[:2], *(side for pair in zip(grid, patches, strict=True) for side in pair))
+    # [B, C, grid, patch] with one axis or more of each; tokens last, so that what a product reads is laid out as it was.
+    x = x.permute(0, 1, *range(3, 3 + 2 * n, 2), *range(2, 2 + 2 * n, 2))
+    return x.reshape(len(x), -1, config.num_tokens).transpose(1, 2)
 
 
 def unpatchify(tokens: Tensor, config: ModelConfig) -> Tensor:
-    """[B, T, patch²·C] → [B, C, rows, columns]; within a token the order is (row, column, channel), as in the DiT paper."""
-    B, p = len(tokens), config.patch
-    rows, columns = (side // p for side in config.input_size)
-    x = tokens.view(B, rows, columns, p, p, -1).permute(0, 5, 1, 3, 2, 4)  # [B, C, rows, p, columns, p]
-    return x.reshape(B, -1, rows * p, columns * p)
+    """[B, T, patch_size·C] → [B, C, *input_size]; within a token the channel is last, as in the DiT paper."""
+    grid, patches = config.grid, config.patches
+    n = len(grid)
+    x = tokens.view(len(tokens), *grid, *patches, -1)
+    x = x.permute(0, 2 * n + 1, *(axis for i in range(1, n + 1) for axis in (i, i + n)))  # [B, C, rows, p, columns, p]
+    return x.reshape(*x.shape[:2], *config.input_size)
 
 
 def num_frequencies(config: ModelConfig) -> int:
@@ -50,13 +55,19 @@ def frequencies(count: int, endpoint: bool, dtype: torch.dtype, device: torch.de
     return torch.exp(-math.log(10_000) * torch.arange(count, dtype=dtype, device=device) / (count - endpoint))
 
 
-def position_embedding(rows: int, columns: int, width: int) -> Tensor:
-    """2-D sinusoids, fp32 [rows·columns, width]: the first half of the width encodes the column, the second the row (MAE)."""
+def position_embedding(grid: tuple[int, ...], width: int) -> Tensor:
+    """Sinusoids of each token's place on the grid, fp32 [T, width]: every axis has a share of the width, the last axis first.
 
-    def encode(position: Tensor) -> Tensor:
-        quarter = width // 4
-        angles = position[:, None] / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    Of an image, the first half encodes the column and the second the row (MAE). Of a video's three shares, the frame's is the
+    largest where the width is not divisible by 6.
+    """
+    share = width // len(grid) // 2 * 2
+    shares = [share] * (len(grid) - 1) + [width - share * (len(grid) - 1)]
+
+    def encode(position: Tensor, share: int) -> Tensor:
+        half = share // 2
+        angles = position[:, None] / 10_000 ** (torch.arange(half, dtype=torch.float64) / half)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-    row, column = torch.meshgrid(torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij")
-    return torch.cat([encode(column.flatten()), encode(row.flatten())], dim=1).float()
+    axes = torch.meshgrid(*(torch.arange(side).double() for side in grid), indexing="ij")
+    return torch.cat([encode(a.flatten(), s) for a, s in zip(reversed(axes), shares, strict=True)], dim=1).float()

@@ -184,7 +184,7 @@ def to_diffusers(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[dict[
         (config.conv_kernel, "has no depthwise convolution"),
         (config.qk_norm, "has no QK-norm"),
         (config.mlp_ratio != 4, "has an MLP of four times the width"),
-        (config.input_size[0] != config.input_size[1], "sees squares"),
+        (len(set(config.input_size)) > 1 or len(config.input_size) != 2, "sees squares"),
         (config.time_embedding != "diffusers", "embeds t otherwise; a model that started from diffusers' weights fits"),
         (moved, "has a fixed position embedding; a model that started from one fits"),
     ):

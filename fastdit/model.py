@@ -1,10 +1,10 @@
 """The Diffusion Transformer (DiT, arXiv 2212.09748), with a depthwise convolution in its MLP (LocalViT, arXiv 2104.05707).
 
-B batch, T tokens = rows·columns of patches, D width, F hidden width of the MLP, H heads, K head dim, C channels, L blocks.
+B batch, T tokens = patches of a sequence, an image or a video, D width, F hidden width of the MLP, H heads, K head dim,
+C channels, L blocks.
 Every op a kernel can replace comes in through `Ops`; the module tree and its parameter names are the same for all of them.
 """
 
-import math
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -52,9 +52,10 @@ class DepthwiseMLP(nn.Module):
         super().__init__()
         D, F_, K = config.width, config.mlp_ratio * config.width, config.conv_kernel
         self.gelu_dwconv = ops.gelu_dwconv
-        self.grid = tuple(side // config.patch for side in config.input_size)
+        self.grid = config.grid
         self.fc1 = nn.Linear(D, F_)
-        self.conv = nn.Conv2d(F_, F_, K, groups=F_)  # holds the parameters; the op computes
+        of_grid = nn.Conv1d if len(self.grid) == 1 else nn.Conv2d  # a video is convolved frame by frame
+        self.conv = of_grid(F_, F_, K, groups=F_)  # holds the parameters; the op computes
         self.fc2 = nn.Linear(F_, D)
 
     def forward(self, m: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.linear = nn.Linear(config.width, config.patch**2 * out_channels(config))
+        self.linear = nn.Linear(config.width, config.patch_size * out_channels(config))
 
     def forward(self, m: Tensor) -> Tensor:
         return self.linear(m)
@@ -131,9 +132,8 @@ class DiT(nn.Module):
         self.run: Config | None = None  # of the run that trained it, where it was loaded
         self.class_names: list[str] = []  # as that run knew them
         D, L = config.width, config.depth
-        rows, columns = (side // config.patch for side in config.input_size)
-        self.x_embedder = nn.Linear(config.channels * config.patch**2, D)
-        self.pos_embed = nn.Parameter(torch.empty(rows * columns, D), requires_grad=config.position == "learned")
+        self.x_embedder = nn.Linear(config.channels * config.patch_size, D)
+        self.pos_embed = nn.Parameter(torch.empty(config.num_tokens, D), requires_grad=config.position == "learned")
         between = nn.GELU(approximate="tanh") if config.time_embedding == "seed" else nn.SiLU()
         self.t_embedder = nn.Sequential(nn.Linear(num_frequencies(config), D), between, nn.Linear(D, D))
         num_rows = config.num_classes + (config.class_dropout > 0)  # the last row is the null class
@@ -159,12 +159,12 @@ class DiT(nn.Module):
         return self.adaLN_modulation(F.silu(c)).view(len(c), -1, self.config.width)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
-        """Predict noise (or v, x0, velocity) from x [B, C, rows, columns] at t [B], 0 … timesteps, for labels y [B].
+        """Predict noise (or v, x0, velocity) from x [B, C, *input_size] at t [B], 0 … timesteps, for labels y [B].
 
-        Returns fp32 [B, C, rows, columns], or 2·C channels with learn_sigma: the prediction, then the variance.
+        Returns fp32 [B, C, *input_size], or 2·C channels with learn_sigma: the prediction, then the variance.
         modulation: `condition(t, y)` computed before, where t and y repeat across calls, as they do in sampling.
         """
-        patches = patchify(x, self.config.patch).to(self.x_embedder.weight.dtype)
+        patches = patchify(x, self.config).to(self.x_embedder.weight.dtype)
         h = self.x_embedder(patches) + self.pos_embed
         if modulation is None:
             # After the patches, so that in the backward the modulation's gradient is whole, and on its way, before theirs.
@@ -182,8 +182,7 @@ class DiT(nn.Module):
         """The position embedding, where it is not learned: no training changes it, and files of weights may lack it."""
         if self.config.position == "learned":
             return {}
-        rows, columns = (side // self.config.patch for side in self.config.input_size)
-        return {"pos_embed": position_embedding(rows, columns, self.config.width)}
+        return {"pos_embed": position_embedding(self.config.grid, self.config.width)}
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -200,13 +199,13 @@ class DiT(nn.Module):
         """The whole starting value of a parameter, on the CPU."""
         rng = generator("cpu", seed, "init", name)
         if name == "pos_embed":
-            rows, columns = (side // self.config.patch for side in self.config.input_size)
-            return position_embedding(rows, columns, self.config.width)
+            return position_embedding(self.config.grid, self.config.width)
         value = torch.zeros(shape)
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             return value.fill_(1)
-        if "conv." in name:  # nn.Conv2d's default: uniform within ±1/√(K·K)
-            return nn.init.uniform_(value, -1 / self.config.conv_kernel, 1 / self.config.conv_kernel, generator=rng)
+        if "conv." in name:  # torch.nn's default: uniform within ±1/√taps
+            bound = self.config.conv_taps**-0.5
+            return nn.init.uniform_(value, -bound, bound, generator=rng)
         if name.startswith(("adaLN_modulation", "final_layer")) or name.endswith("bias"):
             return value
         if name.startswith(("t_embedder", "y_embedder")):
@@ -217,9 +216,8 @@ class DiT(nn.Module):
 def choose_ops(config: Config, device: torch.device) -> Ops:
     """The kernels that --kernels and --attention mean on this device. Raises UserError."""
     m, dtype = config.model, compute_dtype(config.parallel.precision, device)
-    num_tokens = math.prod(side // m.patch for side in m.input_size)
     try:
-        attention = choose_attention(config.attention, device, dtype, m.width // m.num_heads, num_tokens)
+        attention = choose_attention(config.attention, device, dtype, m.width // m.num_heads, m.num_tokens)
     except ValueError as error:
         raise UserError(str(error)) from None
     if config.kernels == "reference":

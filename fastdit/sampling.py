@@ -177,7 +177,7 @@ def sample(
     modulation: Callable[[float], Tensor] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Images first … first + B - 1 of a seed: x0 [B, C, H, W] fp32, in `steps` forwards.
+    """Images first … first + B - 1 of a seed: x0 [B, C, *size] fp32, in `steps` forwards.
 
     sampler: ddpm (ancestral), ddim or dpm++ (2M, arXiv 2211.01095), euler under flow; auto is dpm++ or euler. guidance other
     than 1 runs the forwards at t inside guidance_interval of the process (arXiv 2404.07724) on twice the batch, the
@@ -233,7 +233,7 @@ def guided_output(
     guidance: float,
     null_class: int | None,
 ) -> Tensor:
-    """The network's output for x [B, C, H, W] with classifier-free guidance, of all C channels.
+    """The network's output for x [B, C, *size] with classifier-free guidance, of all C channels.
 
     DiT's own sampler guides the first three of its four latent channels. Outputs at scale 4 then differ by 17 %.
     """

@@ -146,7 +146,7 @@ def test_every_size_of_the_paper_is_read_off_the_shapes(size, patch, pixels):
     shapes = facebook_shapes(patch, width=width, depth=depth, tokens=(pixels // 8 // patch) ** 2)
     with torch.device("meta"):
         w = {name: torch.empty(shape) for name, shape in shapes.items()}
-    w["pos_embed"] = position_embedding(pixels // 8 // patch, pixels // 8 // patch, width)[None]
+    w["pos_embed"] = position_embedding((pixels // 8 // patch,) * 2, width)[None]
     found = from_facebook(w).config
     expected = dit(
         size, patch, input_size=(pixels // 8, pixels // 8), channels=4, num_classes=1000, conv_kernel=0, class_dropout=0.1,

@@ -48,7 +48,7 @@ def weights(channels: int = 4, classes: int = 10, sigma: bool = True, hidden: in
         shapes |= linear(f"blocks.{n}.adaLN_modulation.1", 6 * D, D)
     rng = torch.Generator().manual_seed(4)
     w = {name: torch.randn(shape, generator=rng) * 0.2 for name, shape in shapes.items()}
-    return w | {"pos_embed": position_embedding(SIDE // PATCH, SIDE // PATCH, D)[None]}
+    return w | {"pos_embed": position_embedding((SIDE // PATCH,) * 2, D)[None]}
 
 
 def original(w, x, t, y):

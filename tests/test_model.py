@@ -1,6 +1,7 @@
 """The model against a straight-line restatement in fp64, the published counts, and what its users rely on."""
 
 import dataclasses
+import itertools
 import math
 from contextlib import nullcontext
 
@@ -42,8 +43,14 @@ def inputs(config: ModelConfig, B: int = 4):
 def straight_line(model: DiT, x, t, y):
     """DiT written out sample by sample, token by token where that is plainest, from the parameters alone."""
     c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
-    p, D, H = c.patch, c.width, c.num_heads
-    rows, columns = c.input_size[0] // p, c.input_size[1] // p
+    D, H, n = c.width, c.num_heads, len(c.input_size)
+    sides = (1, c.patch, c.patch) if n == 3 else (c.patch,) * n
+    grid = tuple(whole // side for whole, side in zip(c.input_size, sides, strict=True))
+    places = list(itertools.product(*map(range, grid)))
+    plane = min(n, 2)  # axes that are convolved
+
+    def window(place):
+        return (slice(None), *(slice(i * side, (i + 1) * side) for i, side in zip(place, sides, strict=True)))
 
     def norm(v):
         return (v - v.mean(-1, keepdim=True)) / torch.sqrt(v.var(-1, unbiased=False, keepdim=True) + 1e-6)
@@ -56,10 +63,7 @@ def straight_line(model: DiT, x, t, y):
 
     images = []
     for b in range(len(x)):
-        tokens = []
-        for i in range(rows):
-            for j in range(columns):
-                tokens.append(x[b, :, i * p : (i + 1) * p, j * p : (j + 1) * p].double().flatten())
+        tokens = [x[b][window(place)].double().flatten() for place in places]
         h = torch.stack(tokens) @ w["x_embedder.weight"].T + w["x_embedder.bias"] + w["pos_embed"]
         freqs = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float64) / 128)
         sinusoids = torch.cat([torch.cos(t[b] * freqs), torch.sin(t[b] * freqs)])
@@ -84,23 +88,20 @@ def straight_line(model: DiT, x, t, y):
             a = gelu(m @ w[pre + "mlp.fc1.weight"].T + w[pre + "mlp.fc1.bias"])
             if c.conv_kernel:
                 K, before = c.conv_kernel, (c.conv_kernel - 1) // 2
-                grid, kernel = a.view(rows, columns, -1), w[pre + "mlp.conv.weight"][:, 0]
-                z = torch.zeros_like(grid) + w[pre + "mlp.conv.bias"]
-                for i in range(rows):
-                    for j in range(columns):
-                        for u in range(K):
-                            for v_ in range(K):
-                                if 0 <= i + u - before < rows and 0 <= j + v_ - before < columns:
-                                    z[i, j] += kernel[:, u, v_] * grid[i + u - before, j + v_ - before]
-                a = z.view(rows * columns, -1)
+                a, kernel = a.view(*grid, -1), w[pre + "mlp.conv.weight"][:, 0]
+                z = torch.zeros_like(a) + w[pre + "mlp.conv.bias"]
+                for place, tap in itertools.product(places, itertools.product(range(K), repeat=plane)):
+                    near = [i + u - before for i, u in zip(place[-plane:], tap, strict=True)]
+                    if all(0 <= i < side for i, side in zip(near, grid[-plane:], strict=True)):
+                        z[place] += kernel[(slice(None), *tap)] * a[(*place[:-plane], *near)]
+                a = z.view(len(places), -1)
             h = h + gate2 * (a @ w[pre + "mlp.fc2.weight"].T + w[pre + "mlp.fc2.bias"])
         shift, scale = mod[-2:]
         out = (norm(h) * (1 + scale) + shift) @ w["final_layer.linear.weight"].T + w["final_layer.linear.bias"]
-        channels = out.shape[1] // p**2
+        channels = out.shape[1] // math.prod(sides)
         image = torch.zeros(channels, *c.input_size, dtype=torch.float64)
-        for i in range(rows):
-            for j in range(columns):
-                image[:, i * p : (i + 1) * p, j * p : (j + 1) * p] = out[i * columns + j].view(p, p, channels).permute(2, 0, 1)
+        for place, token in zip(places, out, strict=True):
+            image[window(place)] = token.view(*sides, channels).movedim(-1, 0)
         images.append(image)
     return torch.stack(images)
 
@@ -119,6 +120,10 @@ def straight_line(model: DiT, x, t, y):
         {"channels": 1, "patch": 4},
         {"input_size": (2, 2), "patch": 1, "mlp_ratio": 2},
         {"depth": 1},
+        {"input_size": (9,), "patch": 1, "conv_kernel": 7},
+        {"input_size": (20,), "patch": 4, "conv_kernel": 4, "learn_sigma": True},
+        {"input_size": (3, 4, 6), "conv_kernel": 4},
+        {"input_size": (3, 2, 2), "patch": 1, "channels": 1},
     ],
     ids=str,
 )
@@ -179,8 +184,19 @@ def test_every_parameter_is_trained():
     assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.count_nonzero() == 0] == []
 
 
+def test_position_embedding_tells_the_places_of_any_grid_apart():
+    for grid in ((37,), (5, 3, 4), (1, 1, 1)):
+        e = position_embedding(grid, 64)
+        assert e.shape == (math.prod(grid), 64)
+        assert len({tuple(v.tolist()) for v in e}) == len(e)
+        assert (e.square().sum(1) - 32).abs().max() < 1e-4  # a pair of sine and cosine for every two of the width
+    frames = position_embedding((5, 3, 4), 64).view(5, 12, 64)
+    assert torch.equal(frames[0, :, :40], frames[4, :, :40])  # columns, then rows; the rest is the frame's
+    assert torch.equal(frames[:, 0, 40:], frames[:, 11, 40:])
+
+
 def test_position_embedding_tells_rows_from_columns():
-    e = position_embedding(3, 5, 16).view(3, 5, 16)
+    e = position_embedding((3, 5), 16).view(3, 5, 16)
     assert torch.equal(e[0, 2, :8], e[2, 2, :8])  # first half: the column
     assert torch.equal(e[1, 0, 8:], e[1, 4, 8:])  # second half: the row
     assert len({tuple(v.tolist()) for v in e.flatten(0, 1)}) == 15
@@ -215,18 +231,20 @@ def test_every_recipe_builds_its_model_on_the_meta_device(name):
     assert out.shape == (2, config.model.channels * (1 + config.model.learn_sigma), *config.model.input_size)
 
 
-def test_flops_counted_by_torch_agree_with_ours():
+@pytest.mark.parametrize("grid", [(8, 12), (36,), (3, 4, 6)])
+def test_flops_counted_by_torch_agree_with_ours(grid):
     from torch.utils.flop_counter import FlopCounterMode
 
     def matmul_attention(qkv):  # torch counts matrix products, but not the CPU's own flash attention
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
-    model, (x, t, y) = DiT(SMALL, REFERENCE._replace(attention=matmul_attention)), inputs(SMALL, B=1)
+    config = dataclasses.replace(SMALL, input_size=grid)
+    model, (x, t, y) = DiT(config, REFERENCE._replace(attention=matmul_attention)), inputs(config, B=1)
     model.init_weights(0)
     with FlopCounterMode(display=False) as counter:
         model(x, t, y)
-    assert counter.get_total_flops() == 2 * sum(macs_per_image(SMALL).values())
+    assert counter.get_total_flops() == 2 * sum(macs_per_image(config).values())
 
 
 def test_gelu_of_the_plain_mlp_is_the_tanh_form():

@@ -4,7 +4,6 @@ Everything is a count, or a bound that follows from one; nothing is measured, an
 that computes at its peak, or moves memory at its bandwidth, in each part of the step.
 """
 
-import math
 from typing import NamedTuple
 
 from fastdit.config import Config
@@ -54,15 +53,14 @@ def parts(config: Config, cluster: Cluster) -> list[Part]:
     """
     m, p = config.model, config.parallel
     D, L, F, item = m.width, m.depth, m.mlp_ratio * m.width, compute_dtype(p.precision).itemsize
-    micro, B = config.train.grad_accum, config.train.batch
-    T = math.prod(side // m.patch for side in m.input_size)
+    micro, B, T = config.train.grad_accum, config.train.batch, m.num_tokens
     macs = {name: 2.0 * B * micro * count for name, count in macs_per_image(m).items()}  # FLOPs of one forward
     again = 1 if p.checkpoint_activations else 0  # forwards of the blocks in the backward
 
     def product(rows: int, inputs: int, outputs: int) -> float:  # bytes of one matrix product
         return item * (rows * inputs + inputs * outputs + rows * outputs)
 
-    patch, out, S = m.channels * m.patch**2, m.patch**2 * out_channels(m), item // 2
+    patch, out, S = m.channels * m.patch_size, m.patch_size * out_channels(m), item // 2
     forward = {  # bytes of one forward; norms' and activations' backward is half as much again, the others' twice as much
         "embed": product(B * T, patch, D) + product(B, num_frequencies(m), D) + product(B, D, D),
         "modulation": product(B, D, (6 * L + 2) * D),

@@ -1,24 +1,21 @@
 """The arithmetic of a forward and of a training step, counted from the config alone."""
 
-import math
-
 from fastdit.config import ModelConfig
 from fastdit.embeddings import num_frequencies
 from fastdit.model import out_channels
 
 
 def macs_per_image(config: ModelConfig) -> dict[str, int]:
-    """Multiply-adds of one forward pass on one image, by part: what the DiT paper calls Gflops."""
-    D, L, p, r = config.width, config.depth, config.patch, config.mlp_ratio
-    T = math.prod(side // p for side in config.input_size)
+    """Multiply-adds of one forward pass on one image, or other sample, by part: what the DiT paper calls Gflops."""
+    D, L, T, p, r = config.width, config.depth, config.num_tokens, config.patch_size, config.mlp_ratio
     return {
-        "embed": T * config.channels * p * p * D + num_frequencies(config) * D + D * D,
+        "embed": T * config.channels * p * D + num_frequencies(config) * D + D * D,
         "modulation": (6 * L + 2) * D * D,  # per image, not per token
         "qkv and proj": L * 4 * T * D * D,
         "attention": L * 2 * T * T * D,
         "mlp": L * 2 * r * T * D * D,
-        "convolution": L * config.conv_kernel**2 * T * r * D,
-        "final": T * D * p * p * out_channels(config),
+        "convolution": L * config.conv_taps * T * r * D,
+        "final": T * D * p * out_channels(config),
     }
 
 

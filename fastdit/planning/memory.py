@@ -27,27 +27,27 @@ PROCESS = 10**9  # of a rank on a CPU: PyTorch and its libraries, 0.7 GB before 
 
 def num_parameters(m: ModelConfig) -> int:
     """Parameters of the model, computed from its widths: nothing is built, so any width may be asked for."""
-    D, F, T = m.width, m.mlp_ratio * m.width, math.prod(side // m.patch for side in m.input_size)
-    embed = (m.channels * m.patch**2 + 1) * D + T * D + (num_frequencies(m) + 1) * D + (D + 1) * D
+    D, F, T = m.width, m.mlp_ratio * m.width, m.num_tokens
+    embed = (m.channels * m.patch_size + 1) * D + T * D + (num_frequencies(m) + 1) * D + (D + 1) * D
     classes = (m.num_classes + (m.class_dropout > 0)) * D if m.num_classes else 0
-    convolution = F * (m.conv_kernel**2 + 1) if m.conv_kernel else 0
+    convolution = F * (m.conv_taps + 1) if m.conv_kernel else 0
     norms = 2 * (D // m.num_heads) if m.qk_norm else 0
     block = (D + 1) * 4 * D + (D + 1) * F + (F + 1) * D + convolution + norms
     modulation = (D + 1) * (6 * m.depth + 2) * D
-    return embed + classes + modulation + m.depth * block + (D + 1) * m.patch**2 * out_channels(m)
+    return embed + classes + modulation + m.depth * block + (D + 1) * m.patch_size * out_channels(m)
 
 
 def check_sampling(config: Config, memory: float) -> None:
     """Raise UserError where one picture takes more than `memory` bytes at the very least: before anything is built."""
     m = config.model
-    T = math.prod(side // m.patch for side in m.input_size)
     dtype = 4 if config.parallel.precision == "fp32" else 2
-    activations = T * (m.mlp_ratio + 3) * m.width * dtype + 4 * m.channels * math.prod(m.input_size)
+    activations = m.num_tokens * (m.mlp_ratio + 3) * m.width * dtype + 4 * m.channels * math.prod(m.input_size)
     needed = dtype * num_parameters(m) + activations
     if needed > memory:
         raise UserError(
             f"by plan one picture of this model takes {needed / 1e9:,.1f} GB at least, and there are {memory / 1e9:,.1f} GB: "
-            f"depth {m.depth:,}, width {m.width:,}, input {m.input_size[0]:,}×{m.input_size[1]:,}, {m.num_classes:,} classes"
+            f"depth {m.depth:,}, width {m.width:,}, input {'×'.join(f'{side:,}' for side in m.input_size)}, "
+            f"{m.num_classes:,} classes"
         )
 
 

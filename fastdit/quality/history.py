@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdit.config import Config, UserError
+from fastdit.config import Config, UserError, times
 from fastdit.quality import evaluation
 from fastdit.quality.charts import Chart, Line
 from fastdit.quality.evaluation import number, points
@@ -51,11 +51,14 @@ def facts(config: Config, lines: Sequence[Mapping[str, Any]]) -> list[list[str]]
     """The facts of a run, such as its model, data and duration: names and values."""
     m, d, t, last = config.model, config.data, config.train, lines[-1]
     space = f"latents of {d.vae}" if d.vae else "pixels"
+    if d.kind == "arrays":
+        space = f"arrays of {m.channels} channels"
+    size = m.input_size if d.kind == "arrays" else d.image_size
     seconds, done, skipped = number(last.get("seconds")), last["images"], number(last.get("skipped"))
     loss, energy = [y for _, y in points(lines, "loss")], points(lines, "j_per_img")
     rows = [
         ["images seen", f"{done:,} of {t.images:,}"],
-        ["data", f"{d.path or 'drawn cats'}, {d.image_size[0]}×{d.image_size[1]}, {space}"],
+        ["data", f"{d.path or 'drawn cats'}, {times(size)}, {space}"],
         ["model", f"{m.depth} blocks of width {m.width}, {m.num_heads} heads, patch {m.patch}, {m.num_classes} classes"],
         ["objective", f"{config.diffusion.kind}, the network predicts {config.diffusion.prediction}"],
         ["learning rate", f"{t.lr:g} {t.lr_decay}"],

@@ -30,8 +30,9 @@ def validate(config: Config, encoded: bool = True) -> None:
     _validate_numbers(config)
     _validate_model(config)
     m = config.model
-    if (encoded or not config.data.vae) and any(side % m.patch for side in m.input_size):
-        raise UserError(f"--model.patch {m.patch} does not divide the network's input of {times(m.input_size)}")
+    if (encoded or not config.data.vae) and any(side % p for side, p in zip(m.input_size, m.patches, strict=True)):
+        axes = " rows and columns" if len(m.input_size) == 3 else ""
+        raise UserError(f"--model.patch {m.patch} does not divide the network's input of {times(m.input_size)}{axes}")
     _validate_diffusion(config.diffusion)
     _validate_data(config)
     _validate_sampling(config)
@@ -48,8 +49,10 @@ def _validate_model(config: Config) -> None:
         raise UserError(f"{m.num_heads} attention heads do not divide --model.width {m.width}")
     if m.width % 4:
         raise UserError(f"--model.width {m.width} is not a multiple of 4, which the position embedding needs")
-    if m.conv_kernel not in (0, 3, 4, 5):
-        raise UserError(f"--model.conv_kernel is {m.conv_kernel}; valid are 3, 4, 5, and 0 for a plain MLP")
+    valid = (3, 4, 5, 7) if len(m.input_size) == 1 else (3, 4, 5)
+    if m.conv_kernel not in (0, *valid):
+        kernels = ", ".join(map(str, valid))
+        raise UserError(f"--model.conv_kernel is {m.conv_kernel}; valid are {kernels}, and 0 for a plain MLP")
     if m.class_dropout and not m.num_classes:
         raise UserError("--model.class_dropout needs classes, and the data have none")
     if config.diffusion.kind == "flow" and m.learn_sigma:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastdit.config import Config, plain
+from fastdit.config import Config, ModelConfig, plain, times
 
 OPEN = {
     "fastdit": """import fastdit
@@ -60,10 +60,12 @@ def write_card(trained: Trained, out: Path, format: str, name: str, weights: str
     lines = ["---", f"library_name: {'diffusers' if format in ('diffusers', 'pipeline') else 'fastdit'}"]
     lines += [f"license: {license or ('unknown' if own else 'other')}", "pipeline_tag: unconditional-image-generation"]
     lines += ["tags: [diffusion-transformer, fastdit]", "---", "", f"# {config.run.name or out.name}", ""]
-    mlp = f"MLP with a {m.conv_kernel}×{m.conv_kernel} depthwise convolution" if m.conv_kernel else "plain MLP"
+    kernel = times((m.conv_kernel,) * min(2, len(m.input_size)))
+    mlp = f"MLP with a {kernel} depthwise convolution" if m.conv_kernel else "plain MLP"
     lines += [
         f"A Diffusion Transformer of {parameters / 1e6:,.1f} M parameters: {m.depth} blocks, width {m.width}, patch {m.patch}, "
-        f"{mlp}, {f'{m.num_classes} classes' if m.num_classes else 'unconditional'}. {d.image_size[0]}×{d.image_size[1]} pixels"
+        f"{mlp}, {conditions(m)}. "
+        + (f"Arrays of {times((m.channels, *m.input_size))}" if d.kind == "arrays" else f"{times(d.image_size)} pixels")
         + (f", as latents of `{d.vae}`." if d.vae else "."),
         "",
     ]
@@ -92,6 +94,13 @@ def write_card(trained: Trained, out: Path, format: str, name: str, weights: str
     shown = json.dumps({name: dataclasses.asdict(value) for name, value in recipe.items()}, indent=1)
     lines += ["", "## Recipe" if own else "## Settings", "", "```json", shown, "```", ""]
     (out / "README.md").write_text("\n".join(lines))
+
+
+def conditions(m: ModelConfig) -> str:
+    """What a sample is conditioned on, in words."""
+    found = [f"{m.num_classes} classes"] if m.num_classes else []
+    found += [f"a vector of {m.condition} numbers"] if m.condition else []
+    return " and ".join(found) or "unconditional"
 
 
 def figures(trained: Trained) -> dict[str, float]:

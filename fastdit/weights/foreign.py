@@ -212,8 +212,7 @@ def square(tokens: int, patch: int) -> tuple[int, int]:
 
 def sinusoids(config: ModelConfig) -> Tensor:
     """The position embedding that every DiT starts from, [T, D]."""
-    rows, columns = (side // config.patch for side in config.input_size)
-    return position_embedding(rows, columns, config.width)
+    return position_embedding(config.grid, config.width)
 
 
 def keep_fixed(config: ModelConfig, pos_embed: Tensor, dtype: torch.dtype) -> ModelConfig:

@@ -8,7 +8,7 @@ from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdit.config import Config, ModelConfig, UserError, replace
+from fastdit.config import Config, ModelConfig, UserError, replace, times
 from fastdit.model import DiT, choose_ops, named_shapes
 from fastdit.runtime import ranks, sharding
 from fastdit.runtime.ranks import World
@@ -34,10 +34,16 @@ def start_from(model: DiT, source: str, config: Config) -> str:
     """Fill an initialised model, sharded or not, from whatever `locate` finds. Returns what was taken, in one line.
 
     Other classes: their rows of the table stay initialised. Another size: a learned position embedding is interpolated,
-    bicubically. Another number of channels: those that both have are taken. Raises UserError, before any parameter changes.
+    an image's bicubically. Another number of channels: those that both have are taken. Raises UserError, before any parameter
+    changes.
     """
     found = locate(source)
-    theirs = found.config.model
+    theirs, sizes = found.config.model, (found.config.model.input_size, config.model.input_size)
+    if len(sizes[0]) != len(sizes[1]):
+        raise UserError(
+            f"--train.init_from {source} sees {times(sizes[0])}, and this run {times(sizes[1])}: "
+            f"sequences, images and videos do not start from each other"
+        )
     if adopt(config, theirs, source).model != config.model:
         raise UserError(f"--train.init_from {source} has other {', '.join(HIDDEN)} than the run's config")
     with torch.device("meta"):
@@ -74,8 +80,8 @@ def _adapt(name: str, given: dict[str, Tensor], initial: Tensor, ours: ModelConf
         return whole.flatten(1), f"{channels}: {same} taken, the rest initialised"
     if name.startswith("final_layer.linear") and old.shape != initial.shape:
         # Rows are (row, column, channel) of a patch; with learn_sigma its channels are the prediction's, then the variance's.
-        whole = initial.unflatten(0, (ours.patch**2, 1 + ours.learn_sigma, ours.channels)).clone()
-        old = old.unflatten(0, (theirs.patch**2, 1 + theirs.learn_sigma, theirs.channels))
+        whole = initial.unflatten(0, (ours.patch_size, 1 + ours.learn_sigma, ours.channels)).clone()
+        old = old.unflatten(0, (theirs.patch_size, 1 + theirs.learn_sigma, theirs.channels))
         parts = min(1 + ours.learn_sigma, 1 + theirs.learn_sigma)
         whole[:, :parts, :same] = old[:, :parts, :same]
         variance = {1: "the learned variance is initialised", 0: "", -1: "the learned variance is left out"}
@@ -90,14 +96,15 @@ def _adapt(name: str, given: dict[str, Tensor], initial: Tensor, ours: ModelConf
 
 
 def _positions(old: Tensor | None, initial: Tensor, ours: ModelConfig, theirs: ModelConfig) -> tuple[Tensor, str]:
-    before, now = ([side // m.patch for side in m.input_size] for m in (theirs, ours))
+    before, now = theirs.grid, ours.grid
     if old is None or (ours.position == "fixed" and before != now):
         return initial, "" if before == now else "the fixed position embedding is that of the new size"
     if before == now:
         return old, ""
     grid = old.T.reshape(1, -1, *before)
-    moved = F.interpolate(grid, size=now, mode="bicubic", align_corners=False).flatten(2)[0].T
-    return moved, f"position embedding interpolated from {before[0]}×{before[1]} to {now[0]}×{now[1]} tokens"
+    mode = {1: "linear", 2: "bicubic", 3: "trilinear"}[len(now)]
+    moved = F.interpolate(grid, size=now, mode=mode, align_corners=False).flatten(2)[0].T
+    return moved, f"position embedding interpolated from {times(before)} to {times(now)} tokens"
 
 
 def _classes(old: Tensor | None, initial: Tensor, ours: ModelConfig, theirs: ModelConfig) -> tuple[Tensor, str]:
