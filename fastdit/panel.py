@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from fastdit_kernels.attention import eager, sdpa
+from fastdit_kernels.attention import eager, sdpa, sdpa_cudnn_first
 from fastdit_kernels.cpu import CPU
 from fastdit_kernels.reference import REFERENCE
 from rich.console import Console
@@ -49,7 +49,9 @@ def numbers(config: Config, device: torch.device) -> str:
     if sharding.compiles(config.parallel, device):
         dtype += ", compiled"
     kernels = {REFERENCE.ln_modulate: "PyTorch reference", CPU.ln_modulate: "PyTorch"}.get(chosen.ln_modulate, "Triton")
-    attention = "eager" if chosen.attention is eager else "SDPA" if chosen.attention is sdpa else "flash-attn"
+    attention = (
+        "eager" if chosen.attention is eager else "SDPA" if chosen.attention in (sdpa, sdpa_cudnn_first) else "flash-attn"
+    )
     return f"{dtype}, {kernels} kernels, {attention} attention"
 
 

@@ -2,11 +2,14 @@
 
 import math
 import sys
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import ModuleType
 
 import pytest
 import torch
-from fastdit_kernels.attention import attention, choose_attention, eager, sdpa
+from fastdit_kernels.attention import attention, choose_attention, eager, sdpa, sdpa_cudnn_first
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def truth(q, k, v):
@@ -52,8 +55,47 @@ def test_flash_without_the_package_says_how_to_install_it():
 
 
 @pytest.mark.usefixtures("without_flash")
-def test_auto_without_the_package_is_sdpa():
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "expected"),
+    [((8, 0), True, sdpa), ((9, 0), True, sdpa_cudnn_first), ((9, 0), False, sdpa), ((10, 0), True, sdpa)],
+)
+def test_without_the_package_it_is_pytorchs_own_by_cudnn_on_hopper(monkeypatch, backend, capability, cudnn, expected):
+    """But where PyTorch is to be deterministic, for which `--parallel.deterministic` turns cuDNN off."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: cudnn)
+    assert choose_attention(backend, torch.device("cuda"), torch.bfloat16, 64, 256) is expected
+
+
+def test_cudnn_is_asked_first_also_when_compiled():
+    """And PyTorch's own order is back afterwards."""
+    before, orders = torch._C._get_sdp_priority_order(), []
+    qkv = torch.randn(2, 6, 3, 2, 8, requires_grad=True)
+    expected = truth(*qkv.unbind(2))
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            orders.append(torch._C._get_sdp_priority_order()[0])
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        sdpa_cudnn_first(qkv)
+    assert int(SDPBackend.CUDNN_ATTENTION.value) in orders
+    torch._dynamo.reset()
+    out = torch.compile(sdpa_cudnn_first, fullgraph=True, backend="aot_eager")(qkv)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch._C._get_sdp_priority_order() == before
+
+
+def test_flash_attn_4_alone_is_no_flash_attn(monkeypatch, tmp_path):
+    """It installs flash_attn/cute into a folder that no other package made, and its call is none that a compiler can trace."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("def flash_attn_func(): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
     assert choose_attention("auto", torch.device("cuda"), torch.bfloat16, 64, 256) is sdpa
+    with pytest.raises(ValueError, match="needs the flash-attn package"):
+        choose_attention("flash", torch.device("cuda"), torch.bfloat16, 64, 256)
 
 
 def test_auto_on_a_cpu_is_what_is_fastest_there():
@@ -71,30 +113,47 @@ def stand_in(name: str, monkeypatch, packed: bool, tuples: bool) -> list[str]:
         out = truth(q, k, v).view(q.shape).to(q.dtype)
         return (out, torch.zeros(1)) if tuples else out
 
-    def flash_attn_func(
+    def called(tensors, causal: bool, deterministic: bool) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        assert not causal
+        calls.append(("qkvpacked" if len(tensors) == 1 else "func") + ", deterministic" * deterministic)
+        if len(tensors) == 3:
+            assert {t.ndim for t in tensors} == {4}, "flash-attn takes [B, T, H, K]"
+            return result(*tensors)
+        assert tensors[0].ndim == 5, "flash-attn's packed call takes [B, T, 3, H, K]"
+        assert tensors[0].shape[2] == 3
+        return result(*tensors[0].unbind(2))
+
+    def flash_attn_2(
         q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
         deterministic=False, return_attn_probs=False,
     ):  # fmt: skip
-        assert q.ndim == k.ndim == v.ndim == 4, "flash-attn takes [B, T, H, K]"
-        assert not causal
-        calls.append("func" + ", deterministic" * deterministic)
-        return result(q, k, v)
+        return called((q, k, v), causal, deterministic)
 
-    def flash_attn_qkvpacked_func(
+    def flash_attn_2_packed(
         qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
         deterministic=False, return_attn_probs=False,
     ):  # fmt: skip
-        assert qkv.ndim == 5, "flash-attn's packed call takes [B, T, 3, H, K]"
-        assert qkv.shape[2] == 3
-        assert not causal
-        calls.append("qkvpacked" + ", deterministic" * deterministic)
-        return result(*qkv.unbind(2))
+        return called((qkv,), causal, deterministic)
 
+    def flash_attn_3(
+        q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+        window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
+        return_attn_probs=False,
+    ):  # fmt: skip
+        return called((q, k, v), causal, deterministic)
+
+    def flash_attn_3_packed(
+        qkv, softmax_scale=None, causal=False, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
+        attention_chunk=0, softcap=0.0, deterministic=False, num_heads_q=None, sm_margin=0, return_softmax=False,
+    ):  # fmt: skip
+        return called((qkv,), causal, deterministic)
+
+    third = name == "flash_attn_interface"
     module = ModuleType(name)
-    module.__spec__ = __import__("importlib.machinery").machinery.ModuleSpec(name, None)
-    module.flash_attn_func = flash_attn_func
+    module.__spec__ = ModuleSpec(name, SourceFileLoader(name, f"{name}/__init__.py"), origin=f"{name}/__init__.py")
+    module.flash_attn_func = flash_attn_3 if third else flash_attn_2
     if packed:
-        module.flash_attn_qkvpacked_func = flash_attn_qkvpacked_func
+        module.flash_attn_qkvpacked_func = flash_attn_3_packed if third else flash_attn_2_packed
     monkeypatch.setitem(sys.modules, name, module)
     return calls
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Backend = Literal["auto", "eager", "sdpa", "flash"]
 QKV = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -21,14 +22,25 @@ QKV = Tensor | tuple[Tensor, Tensor, Tensor]
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_MAX_HEAD_DIM = 256
 EAGER_MAX_TOKENS = 512  # the weights of all pairs outgrow the cache: at 1,024 PyTorch's own takes 0.8 of the time
-# flash-attn 3 (Hopper only) installs its own top-level module beside flash-attn 2's (sm_80 and later).
+# flash-attn 3 (Hopper only) installs its own top-level module beside flash-attn 2's (sm_80 and later). Both are ops that a
+# compiler can trace, with a call for packed tensors. flash-attn 4 is neither, and is not used: it installs flash_attn.cute,
+# alone or into flash-attn 2's package.
 FLASH_MODULES = {"flash_attn_interface": (9, 9), "flash_attn": (8, 99)}
+# PyTorch asks its own flash-attention first, which is flash-attn 2's, written for Ampere. cuDNN's is written for Hopper.
+HOPPER = 9
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def _flash_module(device: torch.device) -> ModuleType | None:
     """The newest installed flash-attn that runs on this device, or None. A CPU tensor gets whichever is installed."""
     for name, (lowest, highest) in FLASH_MODULES.items():
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.loader is None or found.origin is None:  # there is none, or a folder without code of its own
             continue
         major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else highest
         if lowest <= major <= highest:
@@ -42,14 +54,18 @@ def choose_attention(
     """Settle the backend once, before compilation: nothing is imported or probed inside the traced function.
 
     `auto` takes flash-attn where it is installed and device, dtype and head_dim allow; on a CPU, in 16 bits, `eager` up to
-    512 tokens; else PyTorch's scaled_dot_product_attention. Raises ValueError for `flash` without flash-attn.
+    512 tokens; else PyTorch's scaled_dot_product_attention, on Hopper by cuDNN where it can. Raises ValueError for `flash`
+    without flash-attn.
     """
     if backend == "eager" or (
         backend == "auto" and device.type == "cpu" and dtype in FLASH_DTYPES and num_tokens <= EAGER_MAX_TOKENS
     ):
         return eager
+    # Where PyTorch is to be deterministic, cuDNN is left out, and what is left is in PyTorch's own order.
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
+    pytorchs = sdpa_cudnn_first if hopper and torch.backends.cuda.cudnn_sdp_enabled() else sdpa
     if backend == "sdpa":
-        return sdpa
+        return pytorchs
     fits = device.type == "cuda" and dtype in FLASH_DTYPES and head_dim <= FLASH_MAX_HEAD_DIM
     module = _flash_module(device) if backend == "flash" or fits else None
     if module is not None:
@@ -58,7 +74,7 @@ def choose_attention(
         return partial(_flash, module=module, options=options)
     if backend == "flash":
         raise ValueError("attention backend 'flash' needs the flash-attn package: pip install 'fastdit[flash]'")
-    return sdpa
+    return pytorchs
 
 
 def attention(qkv: QKV, backend: Backend = "auto") -> Tensor:
@@ -111,6 +127,12 @@ def sdpa(qkv: QKV) -> Tensor:
     """PyTorch's own attention: on a GPU it dispatches to the same algorithm as flash-attn."""
     q, k, v = (t.transpose(1, 2) for t in (qkv.unbind(2) if isinstance(qkv, Tensor) else qkv))  # [B, H, T, K]
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def sdpa_cudnn_first(qkv: QKV) -> Tensor:
+    """`sdpa` by cuDNN where it takes these sizes, else by the next backend that does."""
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        return sdpa(qkv)
 
 
 def _flash(qkv: QKV, module: ModuleType, options: dict[str, bool]) -> Tensor:
