@@ -11,6 +11,7 @@ FOLDERS = {  # in the order in which one reads them
     "fastdit/data": "`data`: from images to batches",
     "fastdit/weights": "`weights`: trained models in and out",
     "fastdit/quality": "`quality`: how good pictures are",
+    "fastdit/robot": "`robot`: a simulated arm, its policies and their episodes",
     "fastdit/planning": "`planning`: what a run will need",
     "kernels/fastdit_kernels": "The kernels",
     "bench": "Benches",

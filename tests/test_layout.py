@@ -19,10 +19,10 @@ SOURCES = FASTDIT + sorted(ROOT.glob("kernels/fastdit_kernels/*.py"))
 KERNELS = "fastdit_kernels"  # below all ranks: a package of its own
 RANKS = [
     {"config"},
-    {"runtime", "recipes", "embeddings"},
+    {"runtime", "robot.simulator", "recipes", "embeddings"},
     {"command", "pictures", "model", "diffusion", "ema", "checkpoint", "meter", "data"},
     {"optim", "sampling", "weights", "panel"},
-    {"weights.pipeline", "quality", "planning"},
+    {"weights.pipeline", "quality", "planning", "robot"},
     {"train", "encode", "sample", "convert", "export", "plan", "evaluate", "report"},
 ]
 
@@ -171,6 +171,7 @@ def test_what_is_tested_exists():
         "step",  # the whole training step
         "busy",  # the whole training step, beside busy processes
         "readme",  # what the pages promise
+        "robot",  # the wing: a closed loop needs all of it
         "main_job",  # the verbs together
         "reliability",  # whatever may happen to a run
         "fuzz",  # whatever may be given to a run

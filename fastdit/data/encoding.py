@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from fastdit.config import Config, DataConfig, UserError, plain
-from fastdit.data import array_chunks, chunks, images, own
+from fastdit.data import array_chunks, chunks, experts, images, own
 from fastdit.data import vae as autoencoders
 from fastdit.data.arrays import ArraySource, open_arrays
 from fastdit.data.cats import COLOURS
@@ -122,8 +122,8 @@ def folder(data: DataConfig) -> Path:
     origin = images.origin(data)
     if origin.kind == "pack":
         return Path(origin.path).expanduser()
-    if origin.kind == "arrays":
-        return _arrays_folder(data, origin.path)
+    if origin.kind in ("arrays", "robot"):
+        return _arrays_folder(data, origin)
     autoencoder, revision = autoencoders.vae_name(data.vae) if data.vae else ("", None)
     follows_from = {
         "format": FORMAT,
@@ -148,17 +148,18 @@ def folder(data: DataConfig) -> Path:
     return _named(data, words, follows_from)
 
 
-def _arrays_folder(data: DataConfig, path: str) -> Path:
+def _arrays_folder(data: DataConfig, origin: images.Origin) -> Path:
+    robot = origin.kind == "robot"
     follows_from = {
         "format": FORMAT,
-        "source": "arrays",
-        "path": path,
+        "source": origin.kind,
+        "path": origin.path,
         "label_column": data.label_column,
         "num_images": data.num_images or 0,
         "normaliser": data.normaliser,
-        "files": _stamp(path),
+        "files": experts.TRANSFORM if robot else _stamp(origin.path),
     }
-    return _named(data, [Path(path).expanduser().resolve().name], follows_from)
+    return _named(data, ["robot" if robot else Path(origin.path).expanduser().resolve().name], follows_from)
 
 
 def _named(data: DataConfig, words: list[str], follows_from: dict[str, Any]) -> Path:
@@ -189,6 +190,8 @@ def _stamp(path: str) -> str:
 def open_source(data: DataConfig, threads: int = 1) -> ImageSource | ArraySource:
     """What a config's data are made of. Raises UserError where it cannot be had."""
     kind = images.origin(data).kind
+    if kind == "robot":
+        return experts.open_experts(data)
     return open_arrays(data) if kind == "arrays" else images.open_images(data, threads=threads)
 
 

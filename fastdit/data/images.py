@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastdit.config import DataConfig, UserError, plain
-from fastdit.data import arrays, cats, pack, tables
+from fastdit.data import arrays, cats, experts, pack, tables
 from fastdit.data.decode import SUFFIXES
 from fastdit.data.source import ImageSource, Row
 
@@ -27,7 +27,7 @@ Parts = tuple[str, ...]  # a file's path below the folder of pictures, split at 
 class Origin(NamedTuple):
     """What --data.path names."""
 
-    kind: Literal["cats", "folder", "parquet", "pack", "hub", "arrays"]
+    kind: Literal["cats", "folder", "parquet", "pack", "hub", "arrays", "robot"]
     path: str = ""  # as given; of the hub, OWNER/NAME
     split: str = "train"  # of a hub dataset
     revision: str = ""  # of a hub dataset: branch, tag or commit; empty for the newest
@@ -39,12 +39,14 @@ HUB = re.compile(r"(?P<name>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(:(?P<split>
 def kind_of(path: str | None) -> Origin:
     """What a path names; what is on the disk comes before the hub. Raises UserError where it can name nothing.
 
-    None: drawn cats. A folder: a pack where it holds one, else arrays in safetensors files, else pictures (sub-folders are
-    classes) or parquet files. A file: safetensors, or parquet, of arrays where it has a column x. Anything else must be a hub
-    name, OWNER/NAME[:SPLIT][@REVISION].
+    None: drawn cats; experts.PATH: the robot's simulator. A folder: a pack where it holds one, else arrays in safetensors
+    files, else pictures (sub-folders are classes) or parquet files. A file: safetensors, or parquet, of arrays where it has a
+    column x. Anything else must be a hub name, OWNER/NAME[:SPLIT][@REVISION].
     """
     if not path:
         return Origin("cats")
+    if path == experts.PATH:
+        return Origin("robot", path)
     place = os.path.expanduser(path)
     if os.path.isdir(place):
         packed = os.path.isfile(os.path.join(place, "manifest.json")) and os.path.isfile(os.path.join(place, "data.bin"))
@@ -76,7 +78,7 @@ def open_images(data: DataConfig, held_out: bool = False, threads: int = 1) -> I
         raise UserError(f"--data.path {plain(source.path)} has no held-out images of its own; name another split or folder")
     if source.kind == "cats":
         return _cats(data, held_out, threads)
-    if source.kind == "arrays":
+    if source.kind in ("arrays", "robot"):
         raise UserError(f"--data.path {plain(source.path)} holds arrays, and no pictures")
     if source.kind == "pack":
         return _packed(data, Path(source.path).expanduser(), threads)

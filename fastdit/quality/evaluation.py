@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fastdit.data.vae import VAE
 from fastdit.model import DiT
 from fastdit.quality import charts
 from fastdit.quality.scores import Judge, Scores
-from fastdit.runtime.files import read_file, write_text
+from fastdit.runtime.files import json_lines, read_file, write_text
 from fastdit.runtime.ranks import World, gather
 
 LINES, CURVE = "evaluations.jsonl", "evaluations.svg"
@@ -86,17 +86,6 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
         for value in json_lines(text)
         if isinstance(value.get("metric"), str) and type(value.get("images")) in (int, type(None))
     ]
-
-
-def json_lines(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects in the lines of a text; a line that is none, torn by a kill say, is skipped."""
-    for row in text.splitlines():
-        try:
-            value = json.loads(row)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            yield value
 
 
 TITLES = {

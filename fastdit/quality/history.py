@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.config import Config, UserError, times
-from fastdit.quality import evaluation
 from fastdit.quality.charts import Chart, Line
 from fastdit.quality.evaluation import number, points
-from fastdit.runtime.files import read_file
+from fastdit.runtime.files import json_lines, read_file
 
 LIMIT = 1 << 28  # bytes of metrics.jsonl
 
@@ -32,7 +31,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         text = read_file(path, LIMIT).decode(errors="replace")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    lines = [line for line in evaluation.json_lines(text) if type(line.get("images")) is int and number(line["images"])]
+    lines = [line for line in json_lines(text) if type(line.get("images")) is int and number(line["images"])]
     if not lines:
         raise UserError(f"{path.parent} has no line of metrics yet")
     return lines

@@ -5,12 +5,13 @@ SHA256SUMS is written last and lists every file of the folder. `sha256sum -c SHA
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 SUMS = "SHA256SUMS"
 PIECE = 8 << 20  # bytes read or written at a time
@@ -145,6 +146,17 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file by `atomic`."""
     with atomic(path) as file:
         file.write(text.encode())
+
+
+def json_lines(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects in the lines of a text; a line that is none, torn by a kill say, is skipped."""
+    for row in text.splitlines():
+        try:
+            value = json.loads(row)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            yield value
 
 
 def _open(path: Path) -> int:
