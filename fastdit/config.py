@@ -60,6 +60,7 @@ class DataConfig:
     packs: str = "packs"  # where encoded data sets are kept
     kind: Derived[Literal["images", "arrays"]] = "images"  # what the pack holds
     normaliser: Derived[Literal["mean_std", "min_max"]] = "mean_std"  # what brings arrays to the numbers trained on
+    horizon: Derived[int] = 16  # actions of a chunk, of a LeRobot dataset
     image_column: Derived[str] = "image"
     max_bad: Derived[float] = 0.01  # share of images that cannot be decoded above which encoding fails
 

@@ -25,6 +25,7 @@ from fastdit.data import vae as autoencoders
 from fastdit.data.arrays import ArraySource, open_arrays
 from fastdit.data.cats import COLOURS
 from fastdit.data.decode import TRANSFORMS
+from fastdit.data.lerobot import open_lerobot
 from fastdit.data.manifest import FORMAT
 from fastdit.data.pack import Batch, Manifest, Pack, read_manifest, verify
 from fastdit.data.source import ImageSource
@@ -122,7 +123,7 @@ def folder(data: DataConfig) -> Path:
     origin = images.origin(data)
     if origin.kind == "pack":
         return Path(origin.path).expanduser()
-    if origin.kind in ("arrays", "robot"):
+    if origin.kind in ("arrays", "lerobot", "robot"):
         return _arrays_folder(data, origin)
     autoencoder, revision = autoencoders.vae_name(data.vae) if data.vae else ("", None)
     follows_from = {
@@ -157,6 +158,7 @@ def _arrays_folder(data: DataConfig, origin: images.Origin) -> Path:
         "label_column": data.label_column,
         "num_images": data.num_images or 0,
         "normaliser": data.normaliser,
+        "horizon": data.horizon if origin.kind == "lerobot" else 0,
         "files": experts.TRANSFORM if robot else _stamp(origin.path),
     }
     return _named(data, ["robot" if robot else Path(origin.path).expanduser().resolve().name], follows_from)
@@ -192,6 +194,8 @@ def open_source(data: DataConfig, threads: int = 1) -> ImageSource | ArraySource
     kind = images.origin(data).kind
     if kind == "robot":
         return experts.open_experts(data)
+    if kind == "lerobot":
+        return open_lerobot(data)
     return open_arrays(data) if kind == "arrays" else images.open_images(data, threads=threads)
 
 

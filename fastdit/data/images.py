@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastdit.config import DataConfig, UserError, plain
-from fastdit.data import arrays, cats, experts, pack, tables
+from fastdit.data import arrays, cats, experts, lerobot, pack, tables
 from fastdit.data.decode import SUFFIXES
 from fastdit.data.source import ImageSource, Row
 
@@ -27,7 +27,7 @@ Parts = tuple[str, ...]  # a file's path below the folder of pictures, split at 
 class Origin(NamedTuple):
     """What --data.path names."""
 
-    kind: Literal["cats", "folder", "parquet", "pack", "hub", "arrays", "robot"]
+    kind: Literal["cats", "folder", "parquet", "pack", "hub", "arrays", "lerobot", "robot"]
     path: str = ""  # as given; of the hub, OWNER/NAME
     split: str = "train"  # of a hub dataset
     revision: str = ""  # of a hub dataset: branch, tag or commit; empty for the newest
@@ -39,9 +39,9 @@ HUB = re.compile(r"(?P<name>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(:(?P<split>
 def kind_of(path: str | None) -> Origin:
     """What a path names; what is on the disk comes before the hub. Raises UserError where it can name nothing.
 
-    None: drawn cats; experts.PATH: the robot's simulator. A folder: a pack where it holds one, else arrays in safetensors
-    files, else pictures (sub-folders are classes) or parquet files. A file: safetensors, or parquet, of arrays where it has a
-    column x. Anything else must be a hub name, OWNER/NAME[:SPLIT][@REVISION].
+    None: drawn cats; experts.PATH: the robot's simulator. A folder: a pack or a LeRobot dataset where it is one, else arrays in
+    safetensors files, else pictures (sub-folders are classes) or parquet files. A file: safetensors, or parquet, of arrays where
+    it has a column x. Anything else must be a hub name, OWNER/NAME[:SPLIT][@REVISION].
     """
     if not path:
         return Origin("cats")
@@ -50,7 +50,11 @@ def kind_of(path: str | None) -> Origin:
     place = os.path.expanduser(path)
     if os.path.isdir(place):
         packed = os.path.isfile(os.path.join(place, "manifest.json")) and os.path.isfile(os.path.join(place, "data.bin"))
-        return Origin("pack" if packed else "arrays" if arrays.array_files(path) else "folder", path)
+        if packed:
+            return Origin("pack", path)
+        if lerobot.is_lerobot(path):
+            return Origin("lerobot", path)
+        return Origin("arrays" if arrays.array_files(path) else "folder", path)
     if os.path.exists(place):
         if place.endswith(".safetensors"):
             return Origin("arrays", path)
@@ -78,7 +82,7 @@ def open_images(data: DataConfig, held_out: bool = False, threads: int = 1) -> I
         raise UserError(f"--data.path {plain(source.path)} has no held-out images of its own; name another split or folder")
     if source.kind == "cats":
         return _cats(data, held_out, threads)
-    if source.kind in ("arrays", "robot"):
+    if source.kind in ("arrays", "lerobot", "robot"):
         raise UserError(f"--data.path {plain(source.path)} holds arrays, and no pictures")
     if source.kind == "pack":
         return _packed(data, Path(source.path).expanduser(), threads)
