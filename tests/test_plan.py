@@ -173,11 +173,29 @@ def test_bytes_of_the_fused_parts_are_their_floors():
     tokens, D = 3 * 4 * 256, 768
     assert by_name["norms and residuals"].bytes == tokens * D * (4 + 6 + 24 * (8 + 12))
     assert by_name["GELU and convolution"].bytes == 12 * tokens * 4 * D * (4 + 6)
-    num_parameters = sum(math.prod(p.shape) for p in _meta(m).parameters())
-    assert by_name["optimizer and EMA"].bytes == 40 * num_parameters  # once a step, whatever the micro-steps
-    reference = costs.parts(dataclasses.replace(config, kernels="reference"), costs.Cluster(GPUS["h100"], 1, 1, 25))
-    assert {p.name: p for p in reference}["optimizer and EMA"].bytes == 48 * num_parameters
+    assert by_name["bias gradients"].bytes == 12 * tokens * 3 * D * 2  # of qkv alone
+    assert by_name["attention"].bytes == 12 * tokens * D * (8 + 16 + 12)  # the last is the stack of its gradients
     assert sum(p.flops for p in by_name.values()) == 12 * train_flops_per_image(m)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "grad_accum", "kernels", "precision", "optimizer", "casts"),
+    [
+        (1, 1, "auto", "bf16", 38, 0),  # the kernel reads 16-bit gradients and writes the copies
+        (1, 3, "auto", "bf16", 42, 6 + 2 * 10),  # summed in fp32: one cast, and two sums
+        (1, 1, "reference", "bf16", 48, 6 + 6),  # gradients cast, and weights
+        (1, 1, "auto", "fp32", 40, 0),
+        (8, 1, "auto", "bf16", 40 / 8, 6 / 8 + 4 + 6),
+    ],
+)
+def test_bytes_of_a_parameter(gpus, grad_accum, kernels, precision, optimizer, casts):
+    m = dit("B", 2, channels=4, num_classes=0)
+    config = Config(model=m, train=TrainConfig(batch=4, grad_accum=grad_accum), kernels=kernels)
+    config = configs.replace(config, parallel={"precision": precision})
+    by_name = {p.name: p for p in costs.parts(config, costs.Cluster(GPUS["h100"], gpus, 1, 25))}
+    num_parameters = sum(math.prod(p.shape) for p in _meta(m).parameters())
+    assert by_name["optimizer and EMA"].bytes / num_parameters == pytest.approx(optimizer, rel=1e-3)
+    assert by_name["casts and copies"].bytes / num_parameters == pytest.approx(casts, rel=1e-3)
 
 
 def _meta(m: ModelConfig) -> DiT:

@@ -71,7 +71,9 @@ def parts(config: Config, cluster: Cluster) -> list[Part]:
         "norms and residuals": (4 + 2 * L * 8) * S * B * T * D,
         "final": product(B * T, D, out),
     }
-    backward = {"GELU and convolution": 1.5, "norms and residuals": 1.5}
+    # PyTorch's attention makes three gradients, of q, k and v, and one copy makes them one; flash-attn writes them as one.
+    stacked = 0.0 if config.attention == "flash" else 6 / 4
+    backward = {"GELU and convolution": 1.5, "norms and residuals": 1.5, "attention": 2.0 + stacked}
     flops = {"GELU and convolution": macs.pop("convolution"), **macs}
     outside = ("embed", "modulation", "final")
     cost = {
@@ -81,16 +83,50 @@ def parts(config: Config, cluster: Cluster) -> list[Part]:
         )
         for name, moved in forward.items()
     }
-    s = sizes(m, p.shard or cluster.local)
-    # Shards cast into the send buffer and out of the receive buffer, once or twice; gradients cast to fp32 for the reduction.
-    gathers = 2 if p.reshard_after_forward else 1
-    cost["sharding's copies"] = (0.0, gathers * ((4 + item) * s.shard + 2 * item * s.whole) + (item + 4) * s.whole)
-    # The norm reads gradients. Our kernel reads parameter, gradient, moments and average and writes all but the gradient;
-    # PyTorch's AdamW reads four and writes four, the scaled gradient too, and its average reads two and writes one.
-    cost["optimizer and EMA"] = (0.0, (4 + (32 + 12 if config.kernels == "reference" else 36)) * s.trained)
+    # The sums that are the biases' gradients, of qkv and of a plain MLP's fc1. The others come out of fused ops.
+    cost["bias gradients"] = (0.0, micro * L * (3 * D + (0 if m.conv_kernel else F)) * B * T * item)
+    cost["casts and copies"] = (0.0, copied(config, cluster))
+    cost["optimizer and EMA"] = (0.0, optimizer_bytes(config, cluster))
     gpu = cluster.gpu
     rate = gpu.flops if precision(p.precision) == "bf16" else gpu.flops / 2  # TF32 runs at half the rate of bf16
     return [Part(name, f, b, f / rate, b / (gpu.memory_gb_per_s * 1e9)) for name, (f, b) in cost.items()]
+
+
+def narrow_gradients(config: Config, cluster: Cluster) -> bool:
+    """Whether the optimizer reads gradients in 16 bits: by our kernel, where nothing is summed over ranks or micro-steps."""
+    narrow = compute_dtype(config.parallel.precision).itemsize < 4
+    return narrow and cluster.gpus == 1 and config.train.grad_accum == 1 and config.kernels != "reference"
+
+
+def copied(config: Config, cluster: Cluster) -> float:
+    """Bytes of a step's casts of weights and gradients between fp32 and what the network computes in.
+
+    Several ranks: shards cast into the send buffer and out of the receive buffer, once or twice; gradients cast to fp32 for the
+    reduction. One rank: gradients cast and added to fp32 sums, and new weights cast, unless the optimizer's kernel does that.
+    """
+    p, item = config.parallel, compute_dtype(config.parallel.precision).itemsize
+    s = sizes(config.model, p.shard or cluster.local)
+    if cluster.gpus > 1:
+        gathers = 2 if p.reshard_after_forward else 1
+        return gathers * ((4 + item) * s.shard + 2 * item * s.whole) + (item + 4) * s.whole
+    if item == 4 or narrow_gradients(config, cluster):
+        return 0.0
+    summed = item + 4 + (config.train.grad_accum - 1) * (item + 8)
+    return (summed + (4 + item) * (config.kernels == "reference")) * s.trained
+
+
+def optimizer_bytes(config: Config, cluster: Cluster) -> float:
+    """Bytes of a step's norm, AdamW and average.
+
+    The norm reads gradients. Our kernel reads parameter, gradient, moments and average and writes all but the gradient, and on
+    one rank the copies that the network computes with; PyTorch's AdamW reads four and writes four, the scaled gradient too, and
+    its average reads two and writes one.
+    """
+    item = compute_dtype(config.parallel.precision).itemsize
+    grad = item if narrow_gradients(config, cluster) else 4
+    ours = 32 + grad + (item if item < 4 and cluster.gpus == 1 else 0)
+    trained = sizes(config.model, config.parallel.shard or cluster.local).trained
+    return (grad + (32 + 12 if config.kernels == "reference" else ours)) * trained
 
 
 # --- messages ---
