@@ -80,8 +80,7 @@ def export(options: Options) -> Path:
     else:
         metadata = {"converted_from": trained.converted_from} if trained.converted_from else None
         folder.save_folder(out, {name: p.detach() for name, p in model.named_parameters()}, trained.config, metadata)
-    if names := classes.read(trained.run):
-        classes.write(out, names)
+    classes.write(out, trained.class_names)
     if options.format == "release":
         save_curve(trained, out)
     count = sum(p.numel() for p in model.parameters())
@@ -112,7 +111,7 @@ def find(source: str, weights: str) -> Trained:
         if weights == "live":
             raise UserError(f"{source} holds one set of weights; --weights live needs a run")
         tensors, metadata = load_weights(found.weights)
-        return Trained(found.config, tensors, found.home, None, metadata.get("converted_from", ""))
+        return Trained(found.config, tensors, found.home, None, found.class_names, metadata.get("converted_from", ""))
     checkpoint = found.weights.parent
     try:
         sums = read_sums(checkpoint, FILES)
@@ -123,7 +122,7 @@ def find(source: str, weights: str) -> Trained:
         tensors = live(checkpoint / SHARDS) if weights == "live" else load_weights(checkpoint / WEIGHTS)[0]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"checkpoint {checkpoint}: {error}") from None
-    return Trained(found.config, tensors, found.home, found.images_seen)
+    return Trained(found.config, tensors, found.home, found.images_seen, found.class_names)
 
 
 def live(shards: Path) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import tyro
 
 from fastdit import command
 from fastdit.config import Config, UserError, plain
+from fastdit.data import classes
 from fastdit.quality import charts, evaluation, history
 from fastdit.runtime.files import read_file, write_text
 from fastdit.runtime.run import load_config
@@ -56,7 +57,8 @@ def report(options: Options) -> Path:
         raise UserError(f"--grids is {options.grids}; it must be positive")
     config, out = load_config(folder / "config.json"), Path(options.out or folder / "report.html")
     lines = history.read(folder / "metrics.jsonl")
-    page = html(folder.resolve().name, config, lines, evaluation.evaluations(folder), grids(folder / "samples", options.grids))
+    shown, names = grids(folder / "samples", options.grids), classes.read(folder)
+    page = html(folder.resolve().name, config, lines, evaluation.evaluations(folder), shown, names)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, page)
@@ -80,14 +82,16 @@ def html(
     lines: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Mapping[str, Any]],
     grids: Iterable[tuple[int, bytes]],
+    names: Sequence[str],
 ) -> str:
-    """The page."""
+    """The page. names: of the classes."""
     figures = "".join(
         f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         f"<figcaption>{seen:,} images</figcaption></figure>"
         for seen, png in grids
     )
-    parts = [f"<h1>{escape(name)}</h1>", table(history.facts(config, lines))]
+    facts = [*history.facts(config, lines), *([["classes", ", ".join(map(plain, names))]] if names else [])]
+    parts = [f"<h1>{escape(name)}</h1>", table(facts)]
     if figures:
         parts.append(f"<h2>Samples over time</h2><p>EMA weights, the same noise each time.</p><div class=grids>{figures}</div>")
     parts += ["<h2>Training</h2>", charts.svg(history.curves(lines))]

@@ -9,6 +9,7 @@ import functools
 import statistics
 import sys
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -63,7 +64,7 @@ def sample(options: Options) -> None:
     """Load, make this process's share, gather, write."""
     source = open_source(options)
     weights, config = source.weights, source.config
-    names = class_names(config, source.home)
+    names = source.class_names or class_names(config)
     label = None if options.label is None else classes.number(str(options.label), names, config.model.num_classes)
     if options.latency:
         print(latency(Sampler(weights, config, options.compile), label))
@@ -112,14 +113,12 @@ def open_source(options: Options) -> Located:
     return found._replace(config=config)
 
 
-def class_names(config: Config, home: Path) -> list[str]:
-    """The names of the run's classes: kept in `home`, else as its pack has them; empty where neither has names."""
-    if not config.model.num_classes:
-        return []
-    return classes.read(home) or encoding.class_names(config.data)
+def class_names(config: Config) -> list[str]:
+    """The names of the run's classes as its pack has them; empty where it has none."""
+    return encoding.class_names(config.data) if config.model.num_classes else []
 
 
-def write(images: Tensor, out: Path, config: Config, options: Options, label: int | None, names: list[str]) -> Path:
+def write(images: Tensor, out: Path, config: Config, options: Options, label: int | None, names: Sequence[str]) -> Path:
     """The grid, and each picture where asked for, under names that say how they were made. Returns the grid's path."""
     s = config.sample
     how = f"seed{options.seed}-{s.sampler}-{s.steps}steps"
@@ -130,7 +129,7 @@ def write(images: Tensor, out: Path, config: Config, options: Options, label: in
     last = options.first + len(images) - 1
     grid = out / f"{how}-{options.first}to{last}.png"
     y = sampling.labels(config, options.first, len(images), label)
-    pictures.save_grid(images, grid, [names[n] for n in y.tolist()] if names and y is not None else [])
+    pictures.save_grid(images, grid, classes.captions(names, None if y is None else y.tolist()))
     if options.singles:
         for number, image in enumerate(images, options.first):
             pictures.save_png(image, out / how / f"{number:06d}.png")

@@ -219,7 +219,9 @@ def sample(run: Run, images_seen: int) -> None:
         )
         shares = ranks.gather(world, images)
         if world.rank == 0:
-            pictures.save_grid(torch.cat(shares)[: config.sample.num], path)
+            y = sampling.labels(config, 0, config.sample.num)
+            captions = classes.captions(run.pack.manifest.class_names, None if y is None else y.tolist())
+            pictures.save_grid(torch.cat(shares)[: config.sample.num], path, captions)
     run.meter.image(images_seen, path)
 
 

@@ -34,6 +34,11 @@ def test_a_link_is_not_followed(tmp_path):
         classes.read(tmp_path)
 
 
+def test_captions_are_the_names_where_there_are_any():
+    assert classes.captions(["bag", "coat"], [1, 0, 1]) == ["coat", "bag", "coat"]
+    assert classes.captions([], [1, 0]) == classes.captions(["bag"], None) == []
+
+
 def test_a_label_is_a_name_or_a_number():
     names = ["bag", "coat", "dress"]
     assert [classes.number(label, names, 3) for label in ("bag", "dress", "0", "2")] == [0, 2, 0, 2]

@@ -12,6 +12,7 @@ import torch
 from fastdit_kernels.reference import REFERENCE
 from PIL import Image
 
+import fastdit
 from fastdit import config as C
 from fastdit import sample, sampling, train
 from fastdit.checkpoint import Checkpoints
@@ -123,6 +124,7 @@ def test_an_exported_folder_is_the_model(make_run, tmp_path, model):
 
 def test_the_card_says_what_the_weights_had_seen(make_run):
     run, _, _ = make_run(SMALL)
+    (run / "classes.json").write_text('["bag", "a|b", "coat", "hat", "shoe"]')
     out = export(Options(str(run), format="pipeline"))
     card = (out / "README.md").read_text()
     for said in (
@@ -130,6 +132,7 @@ def test_the_card_says_what_the_weights_had_seen(make_run):
         "| loss | 0.25 |",
         "| images per second | 12 |",
         "5 classes",
+        "| classes | bag, a\\|b, coat, hat, shoe |",
         "3×3 depthwise",
         '"lr": 0.0001',
     ):
@@ -241,6 +244,7 @@ def test_the_hub_is_given_the_folder_and_gives_it_back(make_run, tmp_path, monke
     import huggingface_hub
 
     run, config, averaged = make_run(SMALL)
+    names = ["bag", "boot", "coat", "hat", "shoe"]
     calls = []
 
     class Api:
@@ -272,6 +276,17 @@ def test_the_hub_is_given_the_folder_and_gives_it_back(make_run, tmp_path, monke
     assert torch.equal(loaded(x, t, y), averaged(x, t, y))
     export(Options(str(run), push="me/birds", out=str(tmp_path / "pushed")))  # an account's own default is left alone
     assert ("me/birds", None, True) in calls
+    # Names of classes come with a model that has them; those of a folder that one stands in are another model's.
+    monkeypatch.chdir(run)
+    hub = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    assert fastdit.load("me/birds", **hub).class_names == []
+    (run / "classes.json").write_text(json.dumps(names))
+    assert fastdit.load("me/cats", **hub).class_names == []
+    export(Options(str(run), push="me/clothes", out=str(tmp_path / "named")))
+    assert fastdit.load("me/clothes", **hub).class_names == names
+    assert fastdit.sample(fastdit.load("me/clothes", **hub), num=1, label="coat", steps=1).shape == (1, 3, 8, 8)
+    (run / "classes.json").write_text(json.dumps(names[:2]))  # of another model
+    assert fastdit.load(run).class_names == []
     with pytest.raises(UserError, match=r"\Ame/dogs: no such folder, and not loaded from the hub: [^\n]*\Z"):
         from_pretrained("me/dogs", cache_dir=tmp_path / "cache", local_files_only=True)
     monkeypatch.setattr(Api, "upload_folder", lambda *_, **__: 1 / 0)
@@ -282,7 +297,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_overwritten(make_run, tm
     run, config, averaged = make_run(SMALL)
     refuses(Options(str(tmp_path / "nowhere")), "does not exist")
     (tmp_path / "empty").mkdir()
-    refuses(Options(str(tmp_path / "empty")), "no checkpoint yet")
+    refuses(Options(str(tmp_path / "empty")), "holds no checkpoint and no weights")
     out = export(Options(str(run)))
     before = (out / "model.safetensors").read_bytes()
     refuses(Options(str(run)), "exists and is not empty")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -101,6 +102,8 @@ def test_a_run_leaves_what_it_says(whole):
     assert [line["images"] for line in metrics(whole)] == [BATCH * (i + 1) for i in range(STEPS)]
     assert all(line["loss"] > 0 and line["img_per_s"] > 0 and line["mfu"] is None for line in metrics(whole))
     assert [int(p.stem) for p in sorted((folder / "samples").glob("*.png"))] == [3 * BATCH, 6 * BATCH]
+    with Image.open(folder / "samples" / f"{6 * BATCH:09d}.png") as grid:  # two by two, each with its class's name below it
+        assert grid.size == (2 + 2 * (3 * 32 + 2), 2 + 2 * (3 * 32 + 14 + 2))
     assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [2 * BATCH, 4 * BATCH, 6 * BATCH]
 
 

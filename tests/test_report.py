@@ -63,6 +63,7 @@ def evaluated(run: Path) -> None:
 def test_the_page_holds_the_run_and_needs_nothing_else(tmp_path):
     run = finished(tmp_path, gpu=True)
     evaluated(run)
+    (run / "classes.json").write_text('["<b>tabby</b>", "black"]')
     path = report(Options(str(run), grids=4))
     assert path == run / "report.html"
     text = path.read_text()
@@ -80,6 +81,7 @@ def test_the_page_holds_the_run_and_needs_nothing_else(tmp_path):
     assert all(image[:-1] == PNG for image in images)
     assert "1,800 images" in page.text
 
+    assert "<b>tabby</b>, black" in page.text
     for said in ("a run", "2,000 of 36,000", "0.7 min, 50.0 images per second", "loss", "power of one node", "steps skipped"):
         assert said in page.text, said
     # 100 images at 2 J and 1,900 at 0.5 J

@@ -1,7 +1,7 @@
 """classes.json of a run folder: what the classes are called, so that a picture can be asked for by name."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastdit.config import UserError, nearest, plain
@@ -19,15 +19,25 @@ def write(folder: Path, names: Sequence[str]) -> None:
 
 def read(folder: Path) -> list[str]:
     """The names kept in a folder; empty where there are none. Raises UserError for a file that is no list of names."""
+    return read_names(folder / FILE)
+
+
+def read_names(path: Path) -> list[str]:
+    """The same of the file itself, whatever it is called."""
     try:
-        names = json.loads(read_file(folder / FILE, LIMIT))
+        names = json.loads(read_file(path, LIMIT))
         if not isinstance(names, list) or not all(type(name) is str for name in names):
             raise ValueError("not a list of names")
     except FileNotFoundError:
         return []
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{plain(folder / FILE)}: not the names of classes ({plain(error, 200)})") from None
+        raise UserError(f"{plain(path)}: not the names of classes ({plain(error, 200)})") from None
     return names
+
+
+def captions(names: Sequence[str], classes: Iterable[int] | None) -> list[str]:
+    """What to write below pictures of these classes; nothing where there are no classes or no names of them."""
+    return [names[number] for number in classes] if names and classes is not None else []
 
 
 def number(label: str, names: Sequence[str], num_classes: int) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ class Trained(NamedTuple):
     tensors: dict[str, Tensor]
     run: Path  # folder of the run, or of the file
     images_seen: int | None  # None where no run of ours is known
+    class_names: Sequence[str] = ()
     converted_from: str = ""  # the file that convert.py read: its training is not known here
 
 
@@ -85,6 +87,8 @@ def write_card(trained: Trained, out: Path, format: str, name: str, weights: str
     lines += ["| | |", "| --- | --- |"]
     if own:
         rows = {"data": d.path or "drawn cats", "weights": "averaged (EMA)" if weights == "ema" else "as trained"}
+        names = plain(", ".join(trained.class_names), 1000).replace("|", r"\|")
+        rows |= {"classes": names} if names else {}
         rows |= {} if seen is None else {"images seen": f"{seen:,}"}
         rows |= {title: f"{value:.4g}" for title, value in figures(trained).items()}
     else:

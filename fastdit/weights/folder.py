@@ -3,8 +3,10 @@
 A folder of weights is model.safetensors, and config.json with the config of the run that trained it.
 """
 
+import contextlib
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,7 @@ class Located(NamedTuple):
     config: Config  # of the run that trained them
     home: Path  # where what is made of them goes: the run's folder, or the folder of the file
     images_seen: int | None  # None where no checkpoint says
+    class_names: Sequence[str] = ()  # of classes 0, 1, …; empty: without classes, or not known
     latents_by: str = ""  # beginning of the SHA-256 of the autoencoder that made its latents; empty: none, or not known
 
 
@@ -44,6 +47,21 @@ def locate(source: str | Path, **hub: Any) -> Located:
     Raises UserError, one line.
     """
     path = Path(source)
+    if path.is_file() or path.is_dir():
+        found = _local(path)
+        names = classes.read(found.home)
+    else:
+        repo_id, _, revision = str(source).partition("@")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or Path(repo_id).parent.is_dir():
+            raise UserError(f"{path} does not exist; name a run folder, an exported folder, a safetensors file or a hub id")
+        about, weights, *kept = _download(repo_id, {**({"revision": revision} if revision else {}), **hub})
+        found = Located(weights, load_config(about), Path(), None)
+        names = classes.read_names(kept[0]) if kept else []
+    return found._replace(class_names=names if len(names) == found.config.model.num_classes else [])
+
+
+def _local(path: Path) -> Located:
+    """`locate` of what is on this machine."""
     if path.is_file():
         folder = path.absolute().parent
         if path.name == saved.WEIGHTS and (folder / saved.ABOUT).is_file():
@@ -52,32 +70,28 @@ def locate(source: str | Path, **hub: Any) -> Located:
             if (place / CONFIG).is_file():
                 return Located(path, load_config(place / CONFIG), folder, None)
         raise UserError(f"{path}: there is no config.json beside it that says what model it holds")
-    if path.is_dir():
-        if (path / WEIGHTS).is_file():
-            return Located(path / WEIGHTS, load_config(path / CONFIG), path, None)
-        if (path / saved.ABOUT).is_file():
-            return _checkpoint(path.absolute())
-        if (path / "model_index.json").is_file():
-            raise UserError(
-                f"{path} holds a pipeline: open it with FastDiTPipeline.from_pretrained, or bring it in with convert.py"
-            )
-        config = load_config(path / CONFIG)
-        newest = saved.newest(checkpoints_of(path, config))
-        if newest is None:
-            raise UserError(f"{path} holds no checkpoint yet")
-        return Located(newest / saved.WEIGHTS, config, path, int(newest.name), _latents_by(newest))
-    repo_id, _, revision = str(source).partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or Path(repo_id).parent.is_dir():
-        raise UserError(f"{path} does not exist; name a run folder, an exported folder, a safetensors file or a hub id")
-    about, weights = _download(repo_id, {**({"revision": revision} if revision else {}), **hub})
-    return Located(weights, load_config(about), Path(), None)
+    if (path / WEIGHTS).is_file():
+        return Located(path / WEIGHTS, load_config(path / CONFIG), path, None)
+    if (path / saved.ABOUT).is_file():
+        return _checkpoint(path.absolute())
+    if (path / "model_index.json").is_file():
+        raise UserError(
+            f"{path} holds a pipeline: open it with FastDiTPipeline.from_pretrained, or bring it in with convert.py"
+        )
+    if not (path / CONFIG).exists():
+        raise UserError(f"{path} holds no checkpoint and no weights, so it is no run and no exported folder")
+    config = load_config(path / CONFIG)
+    newest = saved.newest(checkpoints_of(path, config))
+    if newest is None:
+        raise UserError(f"{path} holds no checkpoint yet")
+    return Located(newest / saved.WEIGHTS, config, path, int(newest.name), latents_by=_latents_by(newest))
 
 
 def _checkpoint(folder: Path) -> Located:
     run = run_of(folder.parent)
     config = load_config(run / CONFIG)
     seen = int(folder.name) if folder.name.isdecimal() else None
-    return Located(folder / saved.WEIGHTS, config, run, seen, _latents_by(folder))
+    return Located(folder / saved.WEIGHTS, config, run, seen, latents_by=_latents_by(folder))
 
 
 def _latents_by(folder: Path) -> str:
@@ -100,7 +114,7 @@ def load(source: str | Path, device: torch.device | str | None = None, *, precis
     found = locate(source, **hub)
     config = configs.replace(found.config, parallel={"precision": precision})
     model = load_model(found.weights, config, World(0, 1, 0, 1, where))
-    model.run, model.class_names = found.config, classes.read(found.home)
+    model.run, model.class_names = found.config, list(found.class_names)
     return model
 
 
@@ -194,11 +208,18 @@ def upload(folder: Path, repo_id: str, *, private: bool | None = None, token: st
 
 
 def _download(repo_id: str, options: dict[str, Any]) -> list[Path]:
-    """The two files in the hub's cache, which keeps links where they are named and the files themselves elsewhere."""
+    """Config, weights, and names of the classes where the repository has them, as files in the hub's cache.
+
+    It keeps links where they are named and the files themselves elsewhere.
+    """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return [Path(hf_hub_download(repo_id, name, **options)).resolve() for name in (CONFIG, WEIGHTS)]
+        found = [hf_hub_download(repo_id, name, **options) for name in (CONFIG, WEIGHTS)]
+        with contextlib.suppress(EntryNotFoundError):  # a model without classes, or without names for them
+            found.append(hf_hub_download(repo_id, classes.FILE, **options))
     except Exception as error:  # of the network, the hub, the cache or the name
         reason = plain(" ".join(str(error).split()))
         raise UserError(f"{repo_id}: no such folder, and not loaded from the hub: {reason}") from None
+    return [Path(path).resolve() for path in found]
