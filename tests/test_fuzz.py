@@ -5,16 +5,19 @@ import hashlib
 import io
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fastdit_kernels.reference import REFERENCE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import fastdit
 from fastdit import command
 from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
@@ -22,9 +25,11 @@ from fastdit.config import UserError
 from fastdit.data import decode
 from fastdit.data import manifest as manifests
 from fastdit.data import pack as packs
+from fastdit.model import DiT
 from fastdit.recipes import RECIPES
 from fastdit.runtime.run import LIMIT, load_config, save_config
 from fastdit.runtime.tensors import load_weights, save_weights
+from fastdit.weights.folder import save_folder
 
 
 def counts(few: int, full: int):
@@ -376,6 +381,71 @@ def test_weights(count, tmp_path, soaked):
 
     check()
     soaked("fuzz: weights", tried=count, tracebacks=0)
+
+
+# --- files made to harm ---
+
+HUGE = 99_000_000  # the safetensors package itself takes up to 100 MB
+
+
+def safetensors(header: bytes, data: bytes = b"", size: int | None = None) -> bytes:
+    return (len(header) if size is None else size).to_bytes(8, "little") + header + data
+
+
+def entry(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def two(**second: Any) -> bytes:
+    """A header of two tensors of four numbers, the second as it is given."""
+    return json.dumps({"a": entry([4], 0, 16), "b": entry([4], 16, 32) | second}).encode()
+
+
+AGAIN = two()[:-1] + b', "a": ' + json.dumps(entry([4], 0, 16)).encode() + b"}"
+HOSTILE = {
+    "a header said to be huge": (safetensors(b"{}", size=HUGE), "99000000 bytes; at most 16777216 are believable"),
+    "a huge header": (safetensors(b"{" + b" " * HUGE + b"}"), "99000002 bytes; at most 16777216 are believable"),
+    "a header of 2^63 bytes": (safetensors(b"{}", size=1 << 63), "are believable"),
+    "overlapping tensors": (safetensors(two(data_offsets=[8, 24]), bytes(24)), "not a readable safetensors file"),
+    "one tensor twice": (safetensors(AGAIN, bytes(32)), "two entries"),
+    "the same bytes twice": (safetensors(two(data_offsets=[0, 16]), bytes(16)), "not a readable safetensors file"),
+    "a gap": (safetensors(two(data_offsets=[32, 48]), bytes(48)), "not a readable safetensors file"),
+    "bytes beyond the end": (safetensors(two(data_offsets=[16, 1 << 40], shape=[1 << 38]), bytes(32)), "not a readable"),
+    "bytes left over": (safetensors(two(), bytes(64)), "not a readable safetensors file"),
+    "a shape that overflows": (safetensors(two(shape=[1 << 62, 1 << 62]), bytes(32)), "not a readable safetensors file"),
+    "a negative shape": (safetensors(two(shape=[-4]), bytes(32)), "not a readable safetensors file"),
+    "an unknown dtype": (safetensors(two(dtype="F33"), bytes(32)), "not a readable safetensors file"),
+    "a nested header": (safetensors(b"[" * 100_000), "not a readable safetensors file"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_weights_are_a_line_within_seconds(tmp_path, checkpoint, name):
+    """As a file of weights, and as a checkpoint's shard whose hashes fit."""
+    data, said = HOSTILE[name]
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(data)
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        load_weights(path)
+    one_line(error.value)
+    (checkpoint / SHARD).write_bytes(data)
+    forge(checkpoint)
+    assert not load(checkpoint.parent)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
+    """From a folder of weights, and from a checkpoint whose hashes fit: here by the name of the tensor."""
+    config = C.replace(RECIPES["cats"], model={"patch": 8, "depth": 1, "width": 32, "num_heads": 2})
+    model = DiT(config.model, REFERENCE)
+    model.init_weights(0)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    weights["blocks.0.attn.qkv.weight"][3, 1] = value
+    save_folder(tmp_path / "folder", weights, config)
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv\.weight holds numbers that are not finite"):
+        fastdit.load(tmp_path / "folder")
 
 
 # --- pictures ---

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -34,11 +35,13 @@ from fastdit import config as C
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, TrainConfig
 from fastdit.data import encoding
+from fastdit.data import images as images_
 from fastdit.data.encoding import Pack
 from fastdit.meter import Meter
 from fastdit.model import DiT
 from fastdit.optim import Optimizer, Spikes
 from fastdit.planning import memory
+from fastdit.quality import evaluation
 from fastdit.recipes import RECIPES
 from fastdit.runtime import ranks, saved, sharding
 from fastdit.runtime.run import save_config
@@ -177,6 +180,7 @@ PLACES = {
     "vote": (ranks.Stop, "agreed", False),
     "after a save": (Checkpoints, "save", True),
     "in a save": (Checkpoints, "save", False),
+    "evaluation": (evaluation, "record", False),
 }
 
 
@@ -420,6 +424,27 @@ def test_four_ranks_then_two_then_one_in_the_middle_of_an_epoch(finish, packs, t
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < bound, [ours, theirs]
 
 
+@pytest.mark.parametrize(("worlds", "threads"), [((2, 1, 2), (1, 1, 1)), ((1, 1, 1), (1, 2, 1))], ids=["ranks", "threads"])
+def test_there_and_back_again(finish, packs, tmp_path, worlds, threads):
+    """Two ranks, one, two; or one thread, two, one. The images are the same; sums are made in another order, to 1e-6."""
+
+    def config(folder: Path, part: int) -> Config:
+        world, steps = worlds[part], 2 * (part + 1)
+        sizes = {"images": steps * BATCH, "batch": BATCH // 2 // world, "lr_decay": "constant"}
+        parallelism = {"precision": "fp32", "threads": threads[part]}
+        return tiny(folder, packs, world, train=sizes, parallel=parallelism, log={"sample_every": 10**6})
+
+    whole = C.replace(config(tmp_path / "plain", 0), train={"images": 6 * BATCH})
+    finish(whole, worlds[0], run_noting_images, tmp_path / "plain" / "seen")
+    for part, world in enumerate(worlds):
+        finish(config(tmp_path, part), world, run_noting_images, tmp_path / "seen")
+    assert images(tmp_path / "seen") == images(tmp_path / "plain" / "seen")
+    ours, theirs = (curve(f) for f in (tmp_path, tmp_path / "plain"))
+    assert ours[:2] == theirs[:2]  # before anything changed, to the bit
+    for a, b in zip(ours, theirs, strict=True):
+        assert float.fromhex(a[1]) == pytest.approx(float.fromhex(b[1]), abs=1e-6)
+
+
 def initial(config: Config) -> dict[str, torch.Tensor]:
     model = start.build(config, ranks.init(config.parallel))
     weights = {n: sharding.main_param(p).detach() for n, p in model.named_parameters()}
@@ -487,6 +512,75 @@ def test_torchrun_restarts_as_often_as_ranks_are_killed(finish, plain, packs, tm
         assert sorted(p.name for p in folder.glob("launch*")) == [f"launch{a}-{r}" for a in range(kills + 1) for r in (0, 1)]
         assert result(folder) == plain(2)
     soaked("12: kills under torchrun --max-restarts, each one restart", required=3, passed=count)
+
+
+# --- exit codes, by either way of starting ---
+
+SMALL = ["--data.num_images", "64", "--model.patch", "8", "--model.depth", "1", "--model.width", "64", "--train.batch", "8"]
+SMALL += ["--train.images", "64000000", "--log.sample_every", "1000000000"]
+LAUNCHERS = {
+    "python": [sys.executable, str(ROOT / "fastdit" / "train.py")],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"],
+}
+
+
+def launch(way: str, folder: Path, arguments: list[str], most_bytes: int) -> subprocess.Popen:
+    """train.py by `python` or by `torchrun` for two processes, in a session of its own, with a limit to a file's size."""
+    command = list(LAUNCHERS[way])
+    if way == "torchrun":
+        command += ["--master-port", str(random.randrange(10_000, 30_000)), str(ROOT / "fastdit" / "train.py")]
+    command += [*SMALL, "--run.folder", str(folder / "runs"), "--data.packs", str(folder / "packs"), *arguments]
+
+    def prepare() -> None:
+        for number in (signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        if most_bytes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, preexec_fn=prepare, env=environment)
+
+
+SOAK = [pytest.mark.soak, pytest.mark.timeout(600)]
+STOPS = [(s, way) for way in ("python", "torchrun") for s in ("SIGTERM", "SIGINT", "SIGHUP")]
+ENDS = [
+    pytest.param("usage", "python", 2),
+    pytest.param("usage", "torchrun", 1),
+    pytest.param("SIGTERM", "torchrun", 1),
+    pytest.param("disk", "python", 2, marks=SOAK),
+    pytest.param("disk", "torchrun", 1, marks=SOAK),
+    *(pytest.param(s, way, 1 if way == "torchrun" else 128 + signal.Signals[s], marks=SOAK) for s, way in STOPS),
+]
+
+
+@pytest.mark.parametrize(("what", "way", "code"), ENDS)
+def test_exit_codes_by_either_way_of_starting(tmp_path, what, way, code, soaked):
+    """torchrun has 1 for all that is not 0, and adds lines of its own. Ours is one line, and what could be saved is."""
+    arguments = {"usage": ["--data.path", "/nowhere"], "disk": ["--log.save_every", "80"]}.get(what, [])
+    started, log = launch(way, tmp_path, arguments, 100_000 if what == "disk" else 0), tmp_path / "log"
+    if what.startswith("SIG"):
+        end = time.monotonic() + 200
+        while "img/s" not in log.read_text() and started.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        started.send_signal(signal.Signals[what])
+    assert started.wait(200) == code, log.read_text()
+    lines = log.read_text().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    ours = next((i for i, line in enumerate(lines) if re.match(r"\[?[WE]\d{4} |Traceback", line)), len(lines))
+    if what.startswith("SIG"):
+        assert errors == []
+        assert (
+            sum(line.startswith(f"stopped by signal {int(signal.Signals[what])} at") for line in lines) == 1
+            or way == "torchrun"
+        )
+        assert len(list((tmp_path / "runs" / "cats" / "checkpoints").iterdir())) == 1
+    else:
+        said = "--data.path /nowhere: no such folder" if what == "usage" else "was not saved: rank 0: File too large ("
+        assert len(errors) == 1
+        assert said in errors[0]
+        assert lines.index(errors[0]) < ours  # before what torchrun says
+    soaked(f"exit codes: {what} by {way}", code=code)
 
 
 # --- numbers that are none ---
@@ -751,6 +845,109 @@ def test_a_failure_on_one_rank_is_said_once_and_by_all_left(run_ranks, packs, tm
     assert [end.code for end in ends] == [2, 1, 2], ends
     assert "error: rank 1: KeyError: 'a reason'" in ends[0].output
     assert "KeyError" in ends[1].error
+
+
+# --- few images, the same images, wild settings ---
+
+FLAT = {"patch": 8, "depth": 1, "width": 32, "num_heads": 2, "num_classes": 0}
+
+
+def own(folder: Path, packs: Path, number: int, constant: bool = False, **groups) -> Config:
+    """A run on so many pictures of one's own, without classes; batches of one picture."""
+    (folder / "pictures").mkdir()
+    for n in range(number):
+        pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+        pictures.save_png(torch.full_like(pixels, 77) if constant else pixels, folder / "pictures" / f"{n}.png")
+    data = {"path": str(folder / "pictures"), "num_images": None, "packs": str(packs), "label_column": None}
+    train_ = {"images": 4 * BATCH, "batch": 1, "grad_accum": 1}
+    return C.replace(tiny(folder, packs, data=data, model=FLAT, train=train_, log={"print_every": BATCH}), **groups)
+
+
+WILD = {"train": {"lr": 1e9, "warmup_images": 0, "images": 10**6}, "log": {"save_every": 4}}
+ODD = [
+    ("one picture", 1, False, 1, {}, 0, ""),
+    ("fewer pictures than ranks", 2, False, 3, {"train": {"images": 48}}, 0, ""),
+    ("constant pictures", 20, True, 1, {"eval": {"every_images": 2 * BATCH, "num": 16}}, 0, "training images of"),
+    ("a batch above the data", 5, False, 1, {"train": {"batch": 8}}, 2, "--train.batch 8 is more than the 5 images there are"),
+    ("an evaluation on one", 1, False, 1, {"eval": {"every_images": 8, "num": 16}}, 2, "a comparison needs at least 12"),
+    ("no picture", 0, False, 1, {}, 2, "no image"),
+    ("a wild rate", 20, False, 1, WILD, 2, "a lower --train.lr may help"),
+]
+
+
+@pytest.mark.parametrize(
+    ("number", "constant", "world", "groups", "code", "said"), [odd[1:] for odd in ODD], ids=[o[0] for o in ODD]
+)
+def test_odd_data_and_settings(run_ranks, packs, tmp_path, number, constant, world, groups, code, said):
+    """Each trains to its end with finite losses, or is refused in one line; what was saved is finite."""
+    config = own(tmp_path, packs, number, constant, **groups)
+    ends = run_ranks.outcomes(world, run, config, init=False, timeout=120)
+    assert [end.code for end in ends] == [code] * world, ends
+    assert said in ends[0].output
+    assert "Traceback" not in "".join(end.output + end.error for end in ends)
+    if code:
+        assert sum(line.startswith("error: ") for line in ends[0].output.splitlines()) == 1
+        for checkpoint in checkpoints(tmp_path) if (tmp_path / "runs").exists() else []:
+            assert_finite(checkpoint)
+    else:
+        assert all(float.fromhex(line[1]) > 0 for line in curve(tmp_path))
+
+
+def test_evaluation_changes_no_run_and_a_kill_in_it_costs_nothing(run_ranks, finish, packs, tmp_path):
+    often = {"every_images": 2 * BATCH, "num": 16}
+    finish(tiny(tmp_path / "without", packs))
+    finish(tiny(tmp_path / "with", packs, eval=often))
+    assert result(tmp_path / "with") == result(tmp_path / "without")
+    config = tiny(tmp_path, packs, eval=often)
+    [end] = run_ranks.outcomes(1, hooked_run, config, "evaluation", 2, (0,), init=False)
+    assert end.code == -signal.SIGKILL, end.output
+    finish(config)
+    assert result(tmp_path) == result(tmp_path / "without")
+    kept = (tmp_path / "runs" / "tiny" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["images"] for line in kept] == [2 * BATCH, 4 * BATCH, 6 * BATCH, 8 * BATCH]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_hundred_thousand_files_take_seconds(run_ranks, finish, tmp_path, soaked):
+    """Each start looks at every file's size and time, for a picture that changed. Of the pictures 64 are used."""
+    number = 100_000
+    config = own(tmp_path, tmp_path / "packs", 64, data={"num_images": 64}, train={"images": BATCH, "batch": 8})
+    first = (tmp_path / "pictures" / "0.png").read_bytes()
+    for n in range(64, number):
+        (tmp_path / "pictures" / f"{n}.png").write_bytes(first)
+    start = time.perf_counter()
+    encoding.folder(config.data)
+    named = time.perf_counter() - start
+    start = time.perf_counter()
+    images_.open_images(config.data)
+    opened = time.perf_counter() - start
+    finish(config)
+    assert named < 20
+    assert opened < 30
+    seconds = {"each_start_s": round(named, 2), "before_encoding_s": round(opened, 2)}
+    soaked("100,000 files in a folder: what looking at them takes", **seconds)
+
+
+def run_noting_writes(config: Config, packs: Path) -> None:
+    """What is opened to write, made, renamed or removed below a folder, printed as it happens."""
+
+    def note(event: str, args: tuple) -> None:
+        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if (writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")) and str(args[0]).startswith(str(packs)):
+            print(f"wrote: {event} {args[0]}", flush=True)
+
+    sys.addaudithook(note)
+    run(config)
+
+
+def test_a_pack_that_is_there_is_only_read(finish, plain, packs, tmp_path):
+    """So that packs may lie where nobody can write."""
+    plain(1)
+    before = {path: path.stat().st_mtime_ns for path in packs.rglob("*")}
+    [end] = finish(tiny(tmp_path, packs), 1, run_noting_writes, packs)
+    assert "wrote: " not in end.output, end.output
+    assert {path: path.stat().st_mtime_ns for path in packs.rglob("*")} == before
 
 
 # --- latents ---
