@@ -54,6 +54,27 @@ def test_the_first_word_comes_before_torch(no_torch, args, rank, code, out, erro
     assert ran.stderr.count("\n") == bool(error)
 
 
+@pytest.mark.parametrize("columns", ["20", "200"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--train.lr", "abc"], "Error parsing --train.lr: could not convert string to float: 'abc'"),
+        (
+            ["--parallel.precision", "a-long-word-that-no-line-holds"],
+            "invalid choice 'a-long-word-that-no-line-holds' for argument '--parallel.precision'. "
+            "Expected one of ('auto', 'bf16', 'fp32').",
+        ),
+        (["--data.image_size", "3"], "Missing value for argument '--data.image_size'. Expected 2 values."),
+    ],
+    ids=["type", "choice", "count"],
+)
+def test_an_error_is_whole_whatever_the_terminal(no_torch, args, said, columns, encoding):
+    env = environment(no_torch, COLUMNS=columns, PYTHONIOENCODING=encoding)
+    ran = subprocess.run([sys.executable, ROOT / "fastdit" / "train.py", *args], env=env, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (2, f"error: {said}\n")
+
+
 def test_the_installed_program_answers_as_fast(no_torch):
     """fastdit-train imports fastdit.train; its name on the command line says that it is a program."""
     code = "import sys; sys.argv[0] = '/bin/fastdit-train'; from fastdit.train import main; main()"
