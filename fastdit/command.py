@@ -108,8 +108,9 @@ def _short_help(usage: str, prog: str, default: Config) -> str:
 def parse_args(cls: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
     """A dataclass from --field arguments, by tyro. Raises UserError, one line, naming the nearest valid field.
 
-    A field may be named by its last part alone, --lr for --train.lr, where no other ends like it. tyro prints its errors, or drops
-    them with console_outputs=False, and has no hook that hands them over: so its printed message is what is read here.
+    A field may be named by its last part alone, --lr for --train.lr, where no other ends like it.
+    tyro prints its errors, or with console_outputs=False drops them. It has no hook that hands them over, so what it printed is
+    read here.
     """
     names = _option_names(cls)
     given = [_whole_name(arg, names) if arg.startswith("--") and arg != "--help" else arg for arg in argv]
