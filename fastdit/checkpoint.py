@@ -221,6 +221,18 @@ class Checkpoints:
         for name in names[: -self.keep]:
             self._remove(self.folder / name)
 
+    def forget_after(self, images_seen: int) -> None:
+        """Remove later checkpoints: they are of a course that the run does not go on with. Rank 0 does. Raises UserError."""
+
+        def forget() -> None:
+            for name in saved.names(self.folder) if self.rank == 0 else ():
+                if int(name) > images_seen:
+                    self._remove(self.folder / name)
+
+        for _, problem in self._gather(forget):
+            if problem:
+                raise UserError(f"cannot remove what is later than {images_seen:,} images from {self.folder}: {problem}")
+
     # --- loading ---
 
     def latest(self) -> int | None:

@@ -153,7 +153,7 @@ class TrainConfig:
     lr_decay: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine falls to zero at the last image
     warmup_images: int = 0  # linear warm-up of the learning rate, in images seen
     weight_decay: float = 1e-2  # on matrices only
-    ema: float = 0.9999  # decay of the averaged weights per step; warms up as (1 + step) / (10 + step)
+    ema: float | Literal["posthoc"] = 0.9999  # decay of the averaged weights; posthoc: --ema of sample.py says their length
     spike_sigma: float | None = None  # skip a step whose loss is so many deviations above the recent mean; by default none
     init_from: str | None = None  # run, checkpoint, export, safetensors or hub id to start from; by default random weights
     grad_clip: Derived[float] = 1.0  # global norm; 0: off

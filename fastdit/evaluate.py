@@ -33,6 +33,7 @@ from fastdit.runtime import ranks
 from fastdit.runtime.files import atomic, write_text
 from fastdit.runtime.hardware import memory_bytes, precision
 from fastdit.runtime.ranks import World
+from fastdit.weights.averages import at_length
 from fastdit.weights.folder import Located, load_model, locate
 
 CHUNK = 256  # pictures between two commits; what a kill can cost each process
@@ -47,6 +48,7 @@ class Options:
         "auto"  # fidelity: FID, KID, precision, recall by Inception
     )
     seed: int = 0  # picture n of a seed is always the same
+    ema: float | None = None  # length of the averaged weights, a share of the run, after --train.ema posthoc; e.g. 0.07
     sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler"] | None = None  # instead of the run's own
     steps: int | None = None  # network evaluations per picture, instead of the run's own
     guidance: float | None = None  # classifier-free guidance scale, instead of the run's own; 1 is off
@@ -79,6 +81,8 @@ def evaluate(options: Options) -> None:
     world = ranks.init(config.parallel)
     found = ranks.once(world, lambda: found)  # a run that goes on may have a newer checkpoint by now
     console = Console(quiet=world.rank > 0)
+    if (length := options.ema) is not None:
+        found = ranks.once(world, lambda: at_length(found, length))
     folder = ranks.once(world, lambda: prepare(options, config, found, world.device))
     missing = ranks.once(world, lambda: [c for c in chunks(num) if not whole(folder / name(c), c, config)])
     mine = missing[world.rank :: world.size]
@@ -219,6 +223,7 @@ def measure(
 ) -> None:
     """Score the pictures, print the figures, keep them in the run's evaluations.jsonl and its curve."""
     seen, home = located.images_seen, located.home
+    length = {} if options.ema is None else {"ema": options.ema}
     say(console, f"{len(made):,} pictures of {located.weights}: {folder}")
     if options.npz:
         path = folder / f"pictures-{len(made)}x{config.data.image_size[0]}x{config.data.image_size[1]}x3.npz"
@@ -226,7 +231,7 @@ def measure(
         say(console, f"for the ADM suite: {path}")
     if metric in ("offline", "both"):
         judge = references.open_judge(config, min(len(made), OFFLINE_NUM), world.device, options.reference or "")
-        entry = evaluation.line(config, seen, judge, made.first(judge.num))
+        entry = evaluation.line(config, seen, judge, made.first(judge.num)) | length
         evaluation.record(home, entry)
         say(console, evaluation.say(entry))
         console.print("these figures are not comparable with published FID or KID", highlight=False)
@@ -234,6 +239,7 @@ def measure(
         real = fid.Real(*references.references(config, options.reference_num, options.reference or ""))
         entry = {
             **evaluation.how(config, seen, "fidelity", len(made), options.seed),
+            **length,
             "against": f"{len(real):,} images of {real.source.name}",
             **fid.fidelity(made, real, world.device, options.batch),
         }

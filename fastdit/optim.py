@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 
 from fastdit.config import TrainConfig
-from fastdit.ema import EMA
+from fastdit.ema import EMA, PostHoc
 from fastdit.runtime import graph
 from fastdit.runtime.sharding import collect_gradients, local, main_param, named_parameters, named_shards, refresh
 
@@ -180,12 +180,13 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: TrainConfig, global_batch: int, kernel: bool = False):
         self.model, self.config, self.global_batch = model, config, global_batch
-        self.adamw, self.ema = ShardAdamW(model, config), EMA(model, config.ema)
+        self.adamw = ShardAdamW(model, config)
+        self.ema = PostHoc(model) if config.ema == "posthoc" else EMA(model, config.ema)
         self.spikes = Spikes(config.spike_sigma, self.adamw.skips.device) if config.spike_sigma else None
         self.adamw_ema: Callable[..., None] | None = None
         self.table: Tensor | None = None
         self.copies: list[nn.Parameter] = []  # of adamw.named's, written by the kernel
-        if kernel:
+        if kernel and not isinstance(self.ema, PostHoc):
             self.copies = [p for p in named_parameters(model).values() if main_param(p) is not p]
             from fastdit_kernels.adamw_ema import adamw_ema, addresses  # here: they import triton, which only Linux has
 
@@ -213,7 +214,8 @@ class Optimizer:
         norm = clip_and_check(self.adamw, grads, self.config.grad_clip, spike)
         if self.adamw_ema is None:
             self.adamw.step(lr)
-            self.ema.update(weight, self.adamw.found_inf)
+            if not isinstance(self.ema, PostHoc):  # `follow` moves that
+                self.ema.update(weight, self.adamw.found_inf)
         else:
             self._one_pass(grads, lr, weight)
         self.adamw.zero_grad()
@@ -231,6 +233,11 @@ class Optimizer:
         else:
             collect_gradients(self.model)
         return [p.grad for p in parameters if p.grad is not None]
+
+    def follow(self, images_seen: int) -> None:
+        """What is done after a step that ended at so many images, outside of it: averages that do not move at each one."""
+        if isinstance(self.ema, PostHoc):
+            self.ema.follow(images_seen, self.global_batch)
 
     @torch.no_grad()
     def _one_pass(self, grads: list[Tensor], lr: Tensor, weight: Tensor) -> None:
@@ -268,7 +275,7 @@ class Optimizer:
         """Everything a step changes, by name, sharing memory with the live tensors: what a checkpoint saves and loads in place.
 
         model.X, exp_avg.X, exp_avg_sq.X, ema.X of each parameter's shape; step.X [1] and skips [2], equal on all ranks. fp32.
-        Where spikes are skipped, losses too, by which they are found: fp64, equal on all ranks.
+        Post-hoc averages add narrow.X. Where spikes are skipped, losses too, by which they are found: fp64, equal on all ranks.
         """
         found: dict[str, Tensor] = {"skips": self.adamw.skips}
         if self.spikes:
@@ -279,5 +286,5 @@ class Optimizer:
             found[f"exp_avg.{name}"] = state["exp_avg"]
             found[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
             found[f"step.{name}"] = state["step"].view(1)
-        found.update({f"ema.{name}": e for name, e in self.ema.tensors.items()})
+        found.update(self.ema.saved())
         return found

@@ -29,6 +29,7 @@ from fastdit.planning import memory as footprint
 from fastdit.runtime import ranks
 from fastdit.runtime.hardware import memory_bytes
 from fastdit.runtime.ranks import World
+from fastdit.weights.averages import at_length
 from fastdit.weights.folder import Located, load_model, locate
 
 LATENCY_CALLS = 200
@@ -41,6 +42,7 @@ class Options:
     num_images: int = 64  # pictures to make (torchrun takes a plain --num for its own)
     first: int = 0  # number of the first; pictures are numbered per seed
     seed: int = 0  # picture n of a seed is always the same
+    ema: float | None = None  # length of the averaged weights, a share of the run, after --train.ema posthoc; e.g. 0.07
     label: str | None = None  # class of all pictures, by name or number; without it each class in turn
     sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler"] | None = None  # instead of the run's own
     steps: int | None = None  # network evaluations per picture, instead of the run's own
@@ -63,15 +65,20 @@ def main() -> None:
 def sample(options: Options) -> None:
     """Load, make this process's share, gather, write."""
     source = open_source(options)
-    weights, config = source.weights, source.config
+    if options.ema is not None and options.latency:
+        raise UserError("--ema changes no latency; leave it out")
+    config = source.config
     names = source.class_names or class_names(config)
     label = None if options.label is None else classes.number(str(options.label), names, config.model.num_classes)
     if options.latency:
-        print(latency(Sampler(weights, config, options.compile), label))
+        print(latency(Sampler(source.weights, config, options.compile), label))
         return
 
     world = ranks.init(config.parallel)
-    weights = ranks.once(world, lambda: weights)  # a run that goes on may have a newer checkpoint by now
+    source = ranks.once(world, lambda: source)  # a run that goes on may have a newer checkpoint by now
+    if (length := options.ema) is not None:
+        source = ranks.once(world, lambda: at_length(source, length))
+    weights = source.weights
     model = ranks.every(world, lambda: load_model(weights, config, world))
     if options.compile:
         sampling.compiled(model, world.device)
@@ -125,6 +132,7 @@ def write(images: Tensor, out: Path, config: Config, options: Options, label: in
     if s.guidance != 1:
         how += f"-guidance{s.guidance:g}"
         how += "-{:g}to{:g}".format(*s.guidance_interval) if s.guidance_interval != (0, 1) else ""
+    how += f"-ema{options.ema:g}" if options.ema is not None else ""
     how += f"-class{label}" if label is not None else ""
     last = options.first + len(images) - 1
     grid = out / f"{how}-{options.first}to{last}.png"

@@ -11,6 +11,7 @@ if __name__ == "__main__" or sys.argv[0].endswith("fastdit-train"):
     command.at_once("python fastdit/train.py", __doc__ or "")  # and not after the seconds that torch takes to import
 
 import functools
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -25,11 +26,13 @@ from fastdit.config import Config, UserError, plain
 from fastdit.data import classes, encoding, vae
 from fastdit.data.manifest import changes, identity
 from fastdit.diffusion import Drawn, Objective, choose_objective, draw
+from fastdit.ema import PostHoc
 from fastdit.meter import Meter
 from fastdit.model import DiT, choose_ops, on_kernels
 from fastdit.optim import Optimizer, lr_at
 from fastdit.planning import memory
 from fastdit.planning.flops import train_flops_per_image
+from fastdit.posthoc import averaged_images
 from fastdit.quality import evaluation, references
 from fastdit.quality.scores import Judge
 from fastdit.runtime import ranks, saved, sharding
@@ -73,7 +76,9 @@ def step(
         x0, y, *_ = pack.batch(first, batch)
         drawn.append(draw(objective, x0, y if config.model.num_classes else None, config.run.seed, first))
     rates = optimizer.rates(images_seen)
-    return graph(drawn, rates) if graph else update(model, objective, optimizer, drawn, rates)
+    done = graph(drawn, rates) if graph else update(model, objective, optimizer, drawn, rates)
+    optimizer.follow(images_seen + optimizer.global_batch)
+    return done
 
 
 def update(model: DiT, objective: Objective, optimizer: Optimizer, drawn: list[Drawn], rates: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,6 +104,7 @@ class Run(NamedTuple):
     optimizer: Optimizer
     objective: Objective
     checkpoints: Checkpoints
+    snapshots: Checkpoints | None  # of post-hoc averages; all are kept
     autoencoder: vae.VAE | None
     judge: Judge | None  # on rank 0 alone
     meter: Meter
@@ -133,6 +139,10 @@ def train(config: Config, on_purpose: bool = False) -> int:
     # Where the run stands.
     checkpoints = Checkpoints(kept, config.log.keep, timeout=timeout, alone=lambda: lock.file is not None)
     images_seen, window = resume(checkpoints, optimizer, pack, batch, folder)
+    snapshots = None
+    if isinstance(optimizer.ema, PostHoc):
+        snapshots = Checkpoints(kept / saved.AVERAGES, sys.maxsize, timeout=timeout)
+        snapshots.forget_after(images_seen)
 
     # What it reports.
     autoencoder = ranks.every(world, lambda: vae.of(config, world.device, pack.manifest.vae_sha256))
@@ -143,7 +153,9 @@ def train(config: Config, on_purpose: bool = False) -> int:
     flops = train_flops_per_image(config.model)
     meter = Meter(folder, config, world, batch_images=batch, flops_per_image=flops, resumed_images=images_seen)
     meter.restore(window)
-    run = Run(config, folder, world, batch, pack, model, optimizer, objective, checkpoints, autoencoder, judge, meter)
+    run = Run(
+        config, folder, world, batch, pack, model, optimizer, objective, checkpoints, snapshots, autoencoder, judge, meter
+    )
     if world.rank == 0:
         for change in changed:
             print(f"changed on purpose, from {images_seen:,} images on: {plain(change)}", flush=True)
@@ -170,6 +182,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
         if config.eval.every_images and due(run, images_seen, config.eval.every_images):
             evaluate(run, images_seen)
         if saving:
+            snapshot(run, images_seen)
             save(run, images_seen)
 
     if signalled and images_seen:
@@ -235,6 +248,15 @@ def evaluate(run: Run, images_seen: int) -> None:
             evaluation.record(run.folder, figures)
             run.meter.say(evaluation.say(figures))
             run.meter.trackers.scalars(images_seen, evaluation.scalars(figures))
+
+
+def snapshot(run: Run, images_seen: int) -> None:
+    """Keep the post-hoc averages for good. On the disk before the checkpoint is, so that a resumed run lacks none."""
+    if run.snapshots is not None:
+        with run.meter.paused():
+            state = {"averaged_images": averaged_images(images_seen, run.batch)}
+            run.snapshots.save(images_seen, run.optimizer.ema.saved(), state)
+            run.snapshots.wait()
 
 
 def save(run: Run, images_seen: int) -> None:

@@ -19,7 +19,7 @@ SOURCES = FASTDIT + sorted(ROOT.glob("kernels/fastdit_kernels/*.py"))
 KERNELS = "fastdit_kernels"  # below all ranks: a package of its own
 RANKS = [
     {"config"},
-    {"runtime", "robot.simulator", "recipes", "embeddings"},
+    {"runtime", "robot.simulator", "recipes", "embeddings", "posthoc"},
     {"command", "pictures", "model", "diffusion", "ema", "checkpoint", "meter", "data"},
     {"optim", "sampling", "weights", "panel"},
     {"weights.pipeline", "quality", "planning", "robot"},

@@ -12,6 +12,7 @@ from fastdit.model import out_channels
 from fastdit.planning.flops import macs_per_image
 from fastdit.planning.gpus import GPU
 from fastdit.planning.memory import sizes
+from fastdit.posthoc import EVERY
 from fastdit.runtime.hardware import compute_dtype, precision
 
 
@@ -95,7 +96,12 @@ def parts(config: Config, cluster: Cluster) -> list[Part]:
 def narrow_gradients(config: Config, cluster: Cluster) -> bool:
     """Whether the optimizer reads gradients in 16 bits: by our kernel, where nothing is summed over ranks or micro-steps."""
     narrow = compute_dtype(config.parallel.precision).itemsize < 4
-    return narrow and cluster.gpus == 1 and config.train.grad_accum == 1 and config.kernels != "reference"
+    return narrow and cluster.gpus == 1 and config.train.grad_accum == 1 and one_pass(config)
+
+
+def one_pass(config: Config) -> bool:
+    """Whether AdamW and the average are our kernel. Post-hoc averages move less often, beside PyTorch's AdamW."""
+    return config.kernels != "reference" and config.train.ema != "posthoc"
 
 
 def copied(config: Config, cluster: Cluster) -> float:
@@ -112,7 +118,7 @@ def copied(config: Config, cluster: Cluster) -> float:
     if item == 4 or narrow_gradients(config, cluster):
         return 0.0
     summed = item + 4 + (config.train.grad_accum - 1) * (item + 8)
-    return (summed + (4 + item) * (config.kernels == "reference")) * s.trained
+    return (summed + (4 + item) * (not one_pass(config))) * s.trained
 
 
 def optimizer_bytes(config: Config, cluster: Cluster) -> float:
@@ -126,7 +132,8 @@ def optimizer_bytes(config: Config, cluster: Cluster) -> float:
     grad = item if narrow_gradients(config, cluster) else 4
     ours = 32 + grad + (item if item < 4 and cluster.gpus == 1 else 0)
     trained = sizes(config.model, config.parallel.shard or cluster.local).trained
-    return (grad + (32 + 12 if config.kernels == "reference" else ours)) * trained
+    average = 24 / EVERY if config.train.ema == "posthoc" else 12
+    return (grad + (ours if one_pass(config) else 32 + average)) * trained
 
 
 # --- messages ---

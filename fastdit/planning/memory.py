@@ -87,7 +87,7 @@ def state_bytes(config: Config, ranks: int) -> dict[str, int]:
         "parameters": 4 * s.shard,
         "gradients": 4 * s.trained,
         "AdamW moments": 8 * s.trained,
-        "EMA": 4 * s.trained,
+        "EMA": (8 if config.train.ema == "posthoc" else 4) * s.trained,
         "gathered weights": itemsize * gathered,
     }
     if config.train.grad_accum > 1:

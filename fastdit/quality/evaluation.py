@@ -71,7 +71,18 @@ def record(folder: Path, entry: Mapping[str, Any]) -> None:
 
 
 def how_of(entry: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("images", "metric", "num", "seed", "sampler", "steps", "guidance", "guidance_low", "guidance_high", "against")
+    names: tuple[str, ...] = (
+        "images",
+        "metric",
+        "num",
+        "seed",
+        "sampler",
+        "steps",
+        "guidance",
+        "guidance_low",
+        "guidance_high",
+    )
+    names += ("ema", "against")
     return {name: entry.get(name) for name in names}
 
 
@@ -102,7 +113,7 @@ TITLES = {
 
 def curves(lines: Iterable[Mapping[str, Any]]) -> list[charts.Chart]:
     """A chart of each figure over images seen, with its floor."""
-    placed = [x for x in lines if x["images"] is not None]
+    placed = [x for x in lines if x["images"] is not None and x.get("ema") is None]  # not of another length of average
     shown = []
     for metric in sorted({x["metric"] for x in placed}, reverse=True):
         for name, title in TITLES.items():
@@ -140,6 +151,7 @@ def table(lines: Iterable[Mapping[str, Any]]) -> list[list[str]]:
             in_brackets = "" if floor is None else f" ({floor:.4g})"
             cells.append("" if value is None else f"{value:.4g}{in_brackets}")
         seen = "" if x["images"] is None else f"{x['images']:,}"
+        seen += f" (ema {length:g})" if (length := number(x.get("ema"))) is not None else ""
         rows.append([seen, *cells, str(x.get("num", "")), str(x.get("against", ""))])
     return rows
 

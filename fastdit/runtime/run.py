@@ -129,8 +129,11 @@ def _build(cls: Any, data: Any, where: str) -> Any:
                 raise UserError(f"{where}: unknown setting {plain(repr(name), 60)}{nearest(str(name), hints)}")
         return typing.cast(Any, cls)(**{name: _build(hints[name], value, f"{where}: {name}") for name, value in data.items()})
     origin = typing.get_origin(cls)
-    if origin is types.UnionType:  # X | None
-        return None if data is None else _build(typing.get_args(cls)[0], data, where)
+    if origin in (types.UnionType, typing.Union):  # X | None, or a number | a word
+        first, second = typing.get_args(cls)
+        if second is type(None):
+            return None if data is None else _build(first, data, where)
+        return _build(second if isinstance(data, str) else first, data, where)
     if origin is Literal:
         if data not in typing.get_args(cls):
             raise UserError(f"{where} is {plain(repr(data), 60)}; valid are {', '.join(map(repr, typing.get_args(cls)))}")

@@ -21,6 +21,7 @@ from fastdit.runtime.files import SUMS, read_file, read_sums, verify
 
 FORMAT = 1
 ABOUT, WEIGHTS, SHARDS = "checkpoint.json", "ema.safetensors", "shards"
+AVERAGES = "averages"  # folder beside the checkpoints, of snapshots of post-hoc averages: checkpoints without weights
 FILES = r"checkpoint\.json|ema\.safetensors|shards/[0-9]{5}-of-[0-9]{5}\.safetensors"
 LIMIT = 16 << 20  # bytes of checkpoint.json; a real one has thousands
 FOLDER, LEFTOVER = re.compile(r"[0-9]{12}"), re.compile(r"[0-9]{12}(\.old)?(\.[0-9a-f]{8})?\.tmp")
