@@ -5,7 +5,6 @@ class). An episode goes on for a chunk after the task is done, so that a policy 
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +18,8 @@ EPISODES = 100  # of each task
 HORIZON = 16  # actions of a chunk
 TRIES = 10  # seeds tried for an episode in which the expert does the task; it fails in at most one of five
 CHUNK = 5 * len(TASKS)  # episodes between two commits
-NOISE = 0.0
 
-TRANSFORM = (
-    f"chunks of {HORIZON} actions of Meta-World's scripted experts, {len(TASKS)} tasks, deviations of {NOISE:g} on what is done"
-)
+TRANSFORM = f"chunks of {HORIZON} actions of Meta-World's scripted experts, tasks {', '.join(TASKS)}"
 
 
 def open_experts(data: DataConfig) -> ArraySource:
@@ -74,7 +70,6 @@ def successful(simulator: Simulator, number: int) -> Episode | None:
 
 def episode(simulator: Simulator, seed: int) -> Episode | None:
     """An expert's episode, going on for HORIZON steps after the task is done; None where it is not done in time."""
-    rng: Any = np.random.default_rng(seed)
     observation = simulator.reset(seed)
     observations: list[NDArray[np.float64]] = []
     actions: list[NDArray[np.float64]] = []
@@ -85,7 +80,7 @@ def episode(simulator: Simulator, seed: int) -> Episode | None:
         action = simulator.expert(observation)
         observations.append(observation)
         actions.append(action)
-        observation, done = simulator.step(action + NOISE * rng.standard_normal(ACTION))
+        observation, done = simulator.step(action)
         if left is not None:
             left -= 1
         elif done:

@@ -40,8 +40,8 @@ def kind_of(path: str | None) -> Origin:
     """What a path names; what is on the disk comes before the hub. Raises UserError where it can name nothing.
 
     None: drawn cats; experts.PATH: the robot's simulator. A folder: a pack or a LeRobot dataset where it is one, else arrays in
-    safetensors files, else pictures (sub-folders are classes) or parquet files. A file: safetensors, or parquet, of arrays where
-    it has a column x. Anything else must be a hub name, OWNER/NAME[:SPLIT][@REVISION].
+    safetensors files, else pictures (sub-folders are classes) or parquet files. A file: safetensors, or parquet, of arrays
+    where it has a column x. Anything else must be a hub name, OWNER/NAME[:SPLIT][@REVISION].
     """
     if not path:
         return Origin("cats")
