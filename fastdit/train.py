@@ -40,7 +40,7 @@ from fastdit.runtime.graph import Graphed, graphs
 from fastdit.runtime.lock import Lock
 from fastdit.runtime.profiler import Profiler
 from fastdit.runtime.ranks import World
-from fastdit.runtime.resuming import open_run, record_changes
+from fastdit.runtime.resuming import has_worked, open_run, record_changes
 from fastdit.runtime.run import CONFIG, LOCK, create_place, place, save_config
 from fastdit.runtime.trackers import require_wandb
 from fastdit.runtime.validation import fit
@@ -127,7 +127,8 @@ def train(config: Config, on_purpose: bool = False) -> int:
     # The data, which say what the network sees.
     pack = ranks.every(world, lambda: encoding.open_pack(config, world))
     config = fit(config, *pack.manifest.fits)
-    ranks.every(world, lambda: memory.require(config, world, pack.manifest.count))
+    if not ranks.once(world, lambda: has_worked(folder, config, world.size)):
+        ranks.every(world, lambda: memory.require(config, world, pack.manifest.count))
     stop = ranks.Stop(world, timeout)  # not before: whatever comes in the hours of an encoding ends it at once
 
     # The network, its optimizer and its loss.

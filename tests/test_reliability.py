@@ -1076,6 +1076,22 @@ def test_other_verbs_read_a_run_that_goes_on(run_ranks, packs, tmp_path, count, 
     soaked("sampling, export and evaluation beside a training that saves at every step", tried=4 * count, **found)
 
 
+def sample_seeing(newest: Path, older: Path, out: Path) -> None:
+    """Rank 1 looked before the newest checkpoint was there."""
+    seen = older if os.environ["RANK"] == "1" else newest
+    sample.sample(sample.Options(str(seen), num_images=4, steps=1, singles=True, precision="fp32", out=str(out)))
+
+
+def test_ranks_that_find_different_checkpoints_sample_one(run_ranks, finish, packs, tmp_path):
+    finish(tiny(tmp_path, packs))
+    older, newest = checkpoints(tmp_path)[-2:]
+    for world, seen in ((1, newest), (2, older)):
+        run_ranks(world, sample_seeing, newest, seen, tmp_path / str(world), init=False)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("0*.png")} for n in "12")
+    assert len(one) == 4
+    assert one == two
+
+
 # --- bad configurations reach nothing ---
 
 

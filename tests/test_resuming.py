@@ -1,6 +1,7 @@
 """Where a run's checkpoints are: in its folder, or on a disk that the user named; found by every verb, and never by a link."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from fastdit import config as C
 from fastdit import evaluate, export, report, sample, train
 from fastdit.command import parse_run
 from fastdit.config import Config, UserError
+from fastdit.planning import memory
 from fastdit.recipes import RECIPES
 from fastdit.runtime import saved
 from fastdit.runtime.run import checkpoints_of, load_config, save_config
@@ -199,6 +201,33 @@ def test_no_link_and_no_forged_place_is_followed(moved, run_ranks, tmp_path):
     for said in run_ranks(1, refused, tiny(moved, disk), init=False):
         assert "has no file 'run' that says whose checkpoints it holds" in said
     assert sorted(str(p) for p in disk.rglob("*")) == before
+
+
+def run_counting_plans(config: Config) -> None:
+    check, calls = memory.check, []
+    memory.check = lambda *args: calls.append(1) or check(*args)
+    assert train.train(config) == 0
+    print(f"{len(calls)} plans", flush=True)
+
+
+def test_a_start_that_has_worked_plans_no_memory_again(run_ranks, tmp_path):
+    """The plan traces the model, which takes a second or more. Other settings, other ranks, a new run: it is made."""
+
+    def plans(world: int, images: int, **groups) -> list[int]:
+        length = {"images": images, "lr_decay": "constant"}
+        config = tiny(tmp_path, None, train={"batch": BATCH // world, "warmup_images": 32, **length}, **groups)
+        ends = run_ranks.outcomes(world, run_counting_plans, config, init=False)
+        assert [end.code for end in ends] == [0] * world, ends
+        return [int(re.search(r"(\d+) plans", end.output)[1]) for end in ends]
+
+    assert plans(1, 4 * BATCH) == [1]
+    assert plans(1, 4 * BATCH) == [0]
+    assert plans(1, 5 * BATCH) == [1]  # longer: other settings
+    assert plans(1, 5 * BATCH, parallel={"threads": 1, "checkpoint_activations": True}) == [1]
+    assert plans(2, 5 * BATCH) == [1, 1]
+    [newest] = (tmp_path / "runs" / "tiny" / "checkpoints").glob("*80")
+    (newest / "checkpoint.json").write_text("{}")
+    assert plans(1, 5 * BATCH) == [1]
 
 
 def killed_before_config(config: Config) -> None:

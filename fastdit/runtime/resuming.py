@@ -9,6 +9,7 @@ from typing import Any
 
 from fastdit.config import Config, UserError, replace
 from fastdit.runtime import saved
+from fastdit.runtime.files import read_sums
 from fastdit.runtime.run import CHANGES, CONFIG, LOCK, checkpoints_of, load_config, place, refuse_others
 
 
@@ -98,6 +99,16 @@ def _kept(folder: Path, config: Config, before: Config, on_purpose: bool) -> Con
         raise UserError(f"{folder} keeps its checkpoints in {then}; {way}")
     refuse_others(folder, now)
     return config
+
+
+def has_worked(folder: Path, config: Config, num_ranks: int) -> bool:
+    """Whether as many ranks saved a checkpoint of this run under the same settings: it then needs no plan of its memory."""
+    newest = saved.newest(place(folder, config))
+    try:
+        about = saved.read_about(newest, read_sums(newest, saved.FILES)) if newest else None
+        return about is not None and about["world_size"] == num_ranks and load_config(folder / CONFIG) == config
+    except (OSError, ValueError):
+        return False
 
 
 def record_changes(folder: Path, changed: list[str], images_seen: int) -> None:
