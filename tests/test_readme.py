@@ -259,6 +259,23 @@ def test_the_table_of_busy_machines_is_that_of_the_json():
     assert "{:.2f} and {:.2f} of that were reached; with OpenMP's own count {:.2f} and {:.2f}".format(*ours, *theirs) in page
 
 
+def test_the_readme_says_what_busy_processes_cost():
+    found = json.loads((ROOT / "bench" / "results" / "bench_busy-cpu.json").read_text())["rows"]
+    alone, one, four = (row["img_per_s"] for row in found if row["GOMP_SPINCOUNT"] == int(fastdit.SPINS))
+    assert f"{one / alone:.2f} {four / alone:.2f}" == "0.50 0.29"
+    assert "half of their rate alone, and beside four at 0.29 of it" in (ROOT / "README.md").read_text()
+
+
+def test_the_lock_is_of_this_project():
+    """`uv lock` makes it; uv refuses or changes one that is of other dependencies."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [ours] = [p for p in tomllib.loads((ROOT / "uv.lock").read_text())["package"] if p["name"] == "fastdit"]
+    wanted = {d for ds in (project["dependencies"], *project["optional-dependencies"].values()) for d in ds}
+    locked = {d["name"] + d.get("specifier", "") for d in ours["metadata"]["requires-dist"]}
+    assert locked == {re.sub(r"[\s;].*|\[.*\]", "", d) for d in wanted}
+    assert ours["version"] == project["version"]
+
+
 def test_versions_agree():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [version]
