@@ -65,8 +65,8 @@ def write_card(trained: Trained, out: Path, format: str, name: str, weights: str
     kernel = times((m.conv_kernel,) * min(2, len(m.input_size)))
     mlp = f"MLP with a {kernel} depthwise convolution" if m.conv_kernel else "plain MLP"
     lines += [
-        f"A Diffusion Transformer of {parameters / 1e6:,.1f} M parameters: {m.depth} block{'s'[: m.depth != 1]}, width {m.width}, patch {m.patch}, "
-        f"{mlp}, {conditions(m)}. "
+        f"A Diffusion Transformer of {parameters / 1e6:,.1f} M parameters: {m.depth} block{'s'[: m.depth != 1]}, "
+        f"width {m.width}, patch {m.patch}, {mlp}, {conditions(m)}. "
         + (f"Arrays of {times((m.channels, *m.input_size))}" if d.kind == "arrays" else f"{times(d.image_size)} pixels")
         + (f", as latents of `{d.vae}`." if d.vae else "."),
         "",
