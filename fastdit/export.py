@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastdit import command
 from fastdit import config as configs
-from fastdit.config import Config, ModelConfig, UserError, plain
+from fastdit.config import ModelConfig, UserError, plain
 from fastdit.data import classes, vae
 from fastdit.model import DiT
 from fastdit.quality import charts, evaluation, history
@@ -61,7 +61,7 @@ def export(options: Options) -> Path:
         charts.require()
     trained = find(options.source, options.weights)
     if options.vae:
-        trained = trained._replace(config=configs.replace(trained.config, data={"vae": options.vae}))
+        trained = trained._replace(config=configs.replace(trained.config, data={"vae": options.vae}), latents_by="")
         validate(trained.config)
     if options.license and not re.fullmatch(r"[A-Za-z0-9.+-]{1,60}", options.license):
         raise UserError(f"--license is {options.license!r}; give the hub's name for it: mit, apache-2.0, cc-by-4.0 …")
@@ -74,9 +74,9 @@ def export(options: Options) -> Path:
         model = DiT(trained.config.model, REFERENCE)
     folder.assign(model, trained.tensors, str(trained.run), torch.float32)
     if options.format == "diffusers":
-        save_diffusers(model, trained.config, out)
+        save_diffusers(model, trained, out)
     elif options.format == "pipeline":
-        save_pipeline(model, trained.config, out)
+        save_pipeline(model, trained, out)
     else:
         metadata = {"converted_from": trained.converted_from} if trained.converted_from else None
         folder.save_folder(out, {name: p.detach() for name, p in model.named_parameters()}, trained.config, metadata)
@@ -122,7 +122,7 @@ def find(source: str, weights: str) -> Trained:
         tensors = live(checkpoint / SHARDS) if weights == "live" else load_weights(checkpoint / WEIGHTS)[0]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"checkpoint {checkpoint}: {error}") from None
-    return Trained(found.config, tensors, found.home, found.images_seen, found.class_names)
+    return Trained(found.config, tensors, found.home, found.images_seen, found.class_names, latents_by=found.latents_by)
 
 
 def live(shards: Path) -> dict[str, Tensor]:
@@ -142,14 +142,15 @@ def live(shards: Path) -> dict[str, Tensor]:
 # --- pipelines ---
 
 
-def save_diffusers(model: DiT, config: Config, out: Path) -> None:
+def save_diffusers(model: DiT, trained: Trained, out: Path) -> None:
     """Write diffusers' own DiTPipeline. Raises UserError for a model that its classes cannot express."""
+    config = trained.config
     about, state = to_diffusers(model.config, {name: p.detach() for name, p in model.named_parameters()})
     if config.diffusion.kind == "flow":
         raise UserError("DiTPipeline has no flow sampler; use --format pipeline")
     if not config.data.vae:
         raise UserError("DiTPipeline decodes with an autoencoder, and this model sees pixels; use --format pipeline")
-    autoencoder = vae.of(config, torch.device("cpu"))
+    autoencoder = vae.of(config, torch.device("cpu"), trained.latents_by)
     assert autoencoder is not None
     if autoencoder.shift:
         raise UserError("DiTPipeline knows no shift of the latents, and this autoencoder has one; use --format pipeline")
@@ -164,11 +165,12 @@ def save_diffusers(model: DiT, config: Config, out: Path) -> None:
     pipe.save_pretrained(out)
 
 
-def save_pipeline(model: DiT, config: Config, out: Path) -> None:
+def save_pipeline(model: DiT, trained: Trained, out: Path) -> None:
     """Write a FastDiTPipeline."""
     from fastdit.weights.pipeline import FastDiTModel, FastDiTPipeline, scheduler_of
 
-    loaded = vae.of(config, torch.device("cpu"))
+    config = trained.config
+    loaded = vae.of(config, torch.device("cpu"), trained.latents_by)
     autoencoder: Any = loaded.autoencoder if loaded else None
     transformer = FastDiTModel(dataclasses.asdict(config.model))
     transformer.dit.load_state_dict(model.state_dict())

@@ -71,7 +71,7 @@ def sample(options: Options) -> None:
     names = source.class_names or class_names(config)
     label = None if options.label is None else classes.number(str(options.label), names, config.model.num_classes)
     if options.latency:
-        print(latency(Sampler(source.weights, config, options.compile), label))
+        print(latency(Sampler(source, options.compile), label))
         return
 
     world = ranks.init(config.parallel)
@@ -82,7 +82,7 @@ def sample(options: Options) -> None:
     model = ranks.every(world, lambda: load_model(weights, config, world))
     if options.compile:
         sampling.compiled(model, world.device)
-    autoencoder = ranks.every(world, lambda: vae.of(config, world.device, "" if options.vae else source.latents_by))
+    autoencoder = ranks.every(world, lambda: vae.of(config, world.device, source.latents_by))
     share = -(-options.num_images // world.size)
     mine = range(options.first + world.rank * share, options.first + min((world.rank + 1) * share, options.num_images))
     starts = range(mine.start, mine.stop, options.batch)
@@ -117,7 +117,7 @@ def open_source(options: Options) -> Located:
     found = locate(options.source)
     config = command.chosen(found.config, options)
     footprint.check_sampling(config, memory_bytes())
-    return found._replace(config=config)
+    return found._replace(config=config, latents_by="" if options.vae else found.latents_by)
 
 
 def class_names(config: Config) -> list[str]:
@@ -204,22 +204,21 @@ class Sampler:
     It is warm once it is made. No state is global, and one object serves one thread: a second thread takes its own.
     """
 
-    def __init__(self, weights: Path, config: Config, compile: bool = False, device: torch.device | None = None):
+    def __init__(self, source: Located, compile: bool = False, device: torch.device | None = None):
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.config, self.world = config, World(0, 1, 0, 1, device)
-        self.model = load_model(weights, config, self.world)
+        self.config, self.world = source.config, World(0, 1, 0, 1, device)
+        self.model = load_model(source.weights, source.config, self.world)
         if compile:
             sampling.compiled(self.model, device)
-        self.vae = vae.of(config, device)
+        self.vae = vae.of(source.config, device, source.latents_by)
         self.modulations: dict[int | None, sampling.Modulations] = {}  # of each class asked for
-        self(0 if config.model.num_classes else None)
+        self(0 if source.config.model.num_classes else None)
 
     @classmethod
     def load(cls, source: str | Path, steps: int | None = None, **options: bool | str) -> "Sampler":
         """From whatever sample.py takes. options: sampler, precision, vae and compile of sample.py. Raises UserError."""
         given = Options(str(source), steps=steps, **options)  # type: ignore[arg-type]
-        found = open_source(given)
-        return cls(found.weights, found.config, given.compile)
+        return cls(open_source(given), given.compile)
 
     @torch.inference_mode()
     def __call__(self, label: int | None = None, seed: int = 0, number: int = 0) -> Tensor:

@@ -989,15 +989,18 @@ def test_a_run_on_latents_killed_goes_on_to_the_bit(run_ranks, finish, tmp_path)
 
 
 def read_latents(source: Path, out: Path, vae: str | None) -> list[str]:
-    """What sample.py and evaluate.py say of a run: an error's line each, or nothing."""
+    """What the verbs that decode say of a run: an error's line each, or nothing."""
+    short = {"steps": 1, "vae": vae}
     verbs = (
-        (sample.sample, sample.Options(str(source), num_images=1, steps=1, vae=vae, out=str(out))),
-        (evaluate.evaluate, evaluate.Options(str(source), num_images=16, metric="none", steps=1, vae=vae, out=str(out))),
+        lambda: sample.sample(sample.Options(str(source), num_images=1, out=str(out), **short)),
+        lambda: sample.sample(sample.Options(str(source), latency=True, **short)),
+        lambda: evaluate.evaluate(evaluate.Options(str(source), num_images=16, metric="none", out=str(out), **short)),
+        lambda: export.export(export.Options(str(source), format="pipeline", vae=vae or "", out=str(out / "pipeline"))),
     )
     said = []
-    for verb, options in verbs:
+    for verb in verbs:
         try:
-            verb(options)
+            verb()
         except C.UserError as error:
             said.append(str(error))
     return said
@@ -1014,7 +1017,7 @@ def test_an_autoencoder_swapped_under_a_pack_is_refused_by_name(run_ranks, finis
     digits = "[0-9a-f]{16}"
     line = rf"--data\.vae {vae} is not the autoencoder that made the latents \(SHA-256 {digits} then, {digits} now\)"
     [said] = run_ranks(1, read_latents, run_folder, tmp_path / "after", None, init=False)
-    assert len(said) == 2
+    assert len(said) == 4
     assert all(re.match(line, error) for error in said), said
     # Who names another decoder on purpose has it.
     assert run_ranks(1, read_latents, run_folder, tmp_path / "asked", str(vae), init=False) == [[]]

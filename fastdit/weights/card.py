@@ -47,6 +47,7 @@ class Trained(NamedTuple):
     images_seen: int | None  # None where no run of ours is known
     class_names: Sequence[str] = ()
     converted_from: str = ""  # the file that convert.py read: its training is not known here
+    latents_by: str = ""  # as weights.folder.Located has it
 
 
 def write_card(trained: Trained, out: Path, format: str, name: str, weights: str, license: str, parameters: int) -> None:
