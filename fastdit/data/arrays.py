@@ -51,6 +51,7 @@ class ArraySource:
     normaliser: str = "mean_std"
     class_names: tuple[str, ...] = ()
     chunk: int = AT_ONCE  # items between two commits of an encoding
+    items: str = "samples"  # what they are
     transform: str = "none"  # what was done to the numbers before they are normalised
 
     def reason(self, sample: Sample) -> str:

@@ -224,7 +224,8 @@ class Work(NamedTuple):
 
     total: int  # chunks
     size: int  # items of one
-    what: str  # the items are
+    items: str  # what they are
+    what: str  # they become
     make: Callable[[int], dict[str, Any] | None]
     join: Callable[[Path, list[dict[str, Any]], float], Manifest]
 
@@ -234,6 +235,7 @@ def _work(source: ImageSource | ArraySource, autoencoder: autoencoders.VAE | Non
         return Work(
             array_chunks.num_chunks(source),
             source.chunk,
+            source.items,
             "samples",
             lambda number: array_chunks.encode(source, staging, number),
             lambda path, parts, max_bad: array_chunks.join(source, staging, path, parts, max_bad),
@@ -241,6 +243,7 @@ def _work(source: ImageSource | ArraySource, autoencoder: autoencoders.VAE | Non
     return Work(
         chunks.num_chunks(source),
         chunks.CHUNK,
+        "images",
         "images",
         lambda number: chunks.encode(source, autoencoder, staging, number),
         lambda path, parts, max_bad: chunks.join(source, autoencoder, staging, path, parts, max_bad),
@@ -262,7 +265,7 @@ def encode(
         once(world, lambda: stack.enter_context(chunks.locked(staging)))
         if once(world, path.exists):  # another process finished it meanwhile
             return
-        total, size, what, make, join = _work(source, autoencoder, staging)
+        total, size, items, what, make, join = _work(source, autoencoder, staging)
         there = len(list(staging.glob("*.json")))
         log(f"encoding {plain(source.name)} into {plain(path)}; {there} of {total} chunks are there already")
         parts: list[dict[str, Any]] = []
@@ -281,7 +284,7 @@ def encode(
                 progress(done, source.length, num_skipped)
             elif time.monotonic() - logged > 10:
                 logged = time.monotonic()
-                log(f"encoded {done:,} of {source.length:,} {what}")
+                log(f"encoded {done:,} of {source.length:,} {items}")
         manifest = once(world, lambda: join(path, parts, max_bad))
         log(f"encoded {manifest.count:,} {what} in {time.monotonic() - start:.1f} s; {num_skipped} skipped")
     if not all(gather(world, path.exists())):

@@ -53,6 +53,7 @@ def open_experts(data: DataConfig) -> ArraySource:
         normaliser=data.normaliser,
         class_names=TASKS,
         chunk=CHUNK,
+        items="episodes",
         transform=TRANSFORM,
     )
 

@@ -90,6 +90,7 @@ def open_lerobot(data: DataConfig) -> ArraySource:
         normaliser=data.normaliser,
         class_names=tuple(names[n] for n in order),
         chunk=8,
+        items="episodes",
         transform=f"chunks of {data.horizon} actions",
     )
 
