@@ -171,8 +171,9 @@ walk_8() { : "classes keep their names"
 walk_9() { : "python and torchrun start it; exit codes are clear; Ctrl-C is safe"
     pictures mine RGB 40 40
     exits 2 verb train --data.path mine --train.batch 0
-    verb train --data.path mine "${tiny[@]}" --train.images 400000 >out &
+    python "$root/fastdit/train.py" --data.path mine "${tiny[@]}" --train.images 400000 >out &
     local run=$! code=0
+    trap "kill $run 2>/dev/null || true" EXIT
     for _ in $(seq 300); do ! grep -q img/s out || break; sleep 0.2; done
     kill -INT "$run"
     wait "$run" || code=$?
