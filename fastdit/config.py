@@ -83,6 +83,7 @@ class ModelConfig:
     input_size: Derived[tuple[int, ...]] = (32, 32)  # rows and columns the network sees: pixels, the VAE's latents; or a grid
     channels: Derived[int] = 3  # of the network's input
     num_classes: Derived[int] = 15  # 0: unconditional
+    jumps: Derived[bool] = False  # the network is given the length of a step beside t
     condition: Derived[int] = 0  # K, numbers in the vector that conditions a sample; 0: there is none
     num_heads: Derived[int] = 3
     learn_sigma: Derived[bool] = False  # predict the reverse process's variance too (twice the output channels)
@@ -123,6 +124,8 @@ class DiffusionConfig:
     flow_t_logit: Derived[tuple[float, float]] = (0.8, 0.8)  # mean and deviation of logit(t) under logit_normal
     flow_clamp: Derived[float] = 0.05  # least share of noise that weights the loss where flow predicts x0
     model_guidance: float = 0.0  # train classes in as a guidance of scale 1/(1 - this) would sample them; 0: off
+    consistency: float = 0.0  # share of training, its last, that teaches flow to sample in 1, 2 or 4 steps; 0: off
+    consistency_every: Derived[int] = 4  # one image in so many learns jumps meanwhile, the others plain flow
     beta_schedule: Derived[Literal["squaredcos_cap_v2", "linear", "scaled_linear"]] = "squaredcos_cap_v2"
     timesteps: Derived[int] = 1000  # of the training process
     clip_x0: Derived[bool] = True  # clip predicted x0 to ±1 while sampling: right for pixels, wrong for latents

@@ -6,7 +6,6 @@ steps: 0 … timesteps - 1 under DDPM, 0 to timesteps under flow. Everything but
 function of (seed, image number), so no result depends on how images are batched.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,10 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdit import consistency
+from fastdit.bound import VariationalBound
 from fastdit.config import Config, DiffusionConfig
+from fastdit.consistency import Jump
 from fastdit.runtime import rng
 
-Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Network = Callable[..., Tensor]
 
 
 def schedule(config: DiffusionConfig) -> tuple[Tensor, Tensor]:
@@ -77,18 +79,28 @@ class Drawn(NamedTuple):
     noise: Tensor  # fp32 [B, C, *size]
     t: Tensor  # [B], as the objective's `timesteps` returns it
     y: Tensor | None  # int64 [B], some of them dropped
+    jump: Jump | None = None  # [n], of the images that learn jumps, where there are any
 
 
-def draw(objective: "Objective", x0: Tensor, y: Tensor | None, seed: int, first: int) -> Drawn:
-    """What images first … first + B - 1 of the run are trained on; x0 [B, C, *size] holds them, y [B] their labels."""
+def draw(objective: "Objective", x0: Tensor, y: Tensor | None, seed: int, first: int, jumps: bool = False) -> Drawn:
+    """What images first … first + B - 1 of the run are trained on; x0 [B, C, *size] holds them, y [B] their labels.
+
+    jumps: whether some of them learn jumps, under flow. first and B are then multiples of consistency_every.
+    """
     x0 = x0.float()
     noise = rng.normal(tuple(x0.shape[1:]), seed, "noise", first, len(x0), x0.device)
-    return Drawn(x0, noise, objective.timesteps(seed, first, len(x0)), objective.labels.drop(y, seed, first))
+    y = objective.labels.drop(y, seed, first)
+    drawn = Drawn(x0, noise, objective.timesteps(seed, first, len(x0)), y)
+    if not jumps:
+        return drawn
+    assert isinstance(objective, Flow)
+    jump = objective.jumps(seed, first, len(x0))
+    return drawn._replace(t=objective.with_jumps(drawn.t, jump.start * objective.config.timesteps), jump=jump)
 
 
-def evaluate(model: Network, x_t: Tensor, t: Tensor, y: Tensor | None, channels: int) -> Tensor:
+def evaluate(model: Network, x_t: Tensor, t: Tensor, y: Tensor | None, channels: int, **given: Tensor) -> Tensor:
     """The network's answer, fp32 [B, channels, *size]. Raises ValueError for another number of channels."""
-    out = model(x_t, t.float(), y).float()
+    out = model(x_t, t.float(), y, **given).float()
     if out.shape[1] != channels:
         raise ValueError(f"the network returned {out.shape[1]} channels; expected {channels}")
     return out
@@ -122,14 +134,58 @@ class Flow:
 
     def losses_of(self, model: Network, drawn: Drawn) -> Tensor:
         """The loss of each image of what was drawn, fp32 [B]."""
-        x0, noise, t, y = drawn
+        if drawn.jump is not None:
+            return self._losses_with_jumps(model, drawn, drawn.jump)
+        x0, noise, t, y, _ = drawn
         x_t, target = self.corrupt(x0, noise, t)
         unlabelled = self.labels.unlabelled(model, x_t, t, y)  # before the forward that keeps activations
         prediction = evaluate(model, x_t, t, y, x0.shape[1])
-        loss = mean_square(prediction - self.labels.guide(target, prediction, unlabelled, y))
+        return self._weighted(prediction - self.labels.guide(target, prediction, unlabelled, y), t)
+
+    def _weighted(self, error: Tensor, t: Tensor) -> Tensor:
+        loss = mean_square(error)
         if self.config.prediction == "x0":
             loss = loss / (t / self.config.timesteps).clamp(min=self.config.flow_clamp).square()
         return loss
+
+    def _losses_with_jumps(self, model: Network, drawn: Drawn, jump: Jump) -> Tensor:
+        """As `losses_of`, where each consistency_every-th image learns a jump (see consistency.py), in one forward with all.
+
+        A jump's loss is that of its velocity times its length: where x0 is predicted, jumps of all lengths then count about
+        alike, while the velocity's own is large near the data. Its target has the guidance that the network has learnt.
+        """
+        x0, noise, t, y, _ = drawn
+        every, timesteps, channels = self.config.consistency_every, self.config.timesteps, x0.shape[1]
+        x_t, target = self.corrupt(x0, noise, t)
+        (x, from_x), (start, _), (truth, _) = (consistency.split(whole, every) for whole in (x_t, t, target))
+        label, of_jump = (None, None) if y is None else consistency.split(y, every)
+
+        def as_velocity(out: Tensor, x: Tensor, share: Tensor) -> Tensor:
+            return (x - out) / _per_image(share, x) if self.config.prediction == "x0" else out
+
+        def velocity(x: Tensor, share: Tensor, length: Tensor) -> Tensor:
+            out = evaluate(model, x, share * timesteps, of_jump, channels, jump=length * timesteps)
+            return as_velocity(out, x, share)
+
+        with torch.no_grad():
+            unlabelled = self.labels.unlabelled(model, x, start, label)
+            goal = consistency.mean_velocity(velocity, from_x, jump)
+        length = jump.start - jump.end
+        given = self.with_jumps(torch.zeros_like(t), length * timesteps)
+        out, of_jumps = consistency.split(evaluate(model, x_t, t, y, channels, jump=given), every)
+        plain = self._weighted(out - self.labels.guide(truth, out, unlabelled, label), start)
+        jumping = length * mean_square(as_velocity(of_jumps, from_x, jump.start) - goal)
+        return consistency.join(plain, jumping, every)
+
+    def jumps(self, seed: int, first: int, count: int) -> Jump:
+        """The jumps that some of images first … first + count - 1 learn."""
+        u = rng.uniform((2,), seed, "jump", first, count, self.device)
+        return consistency.jumps(consistency.split(u, self.config.consistency_every)[1])
+
+    def with_jumps(self, plain: Tensor, jumping: Tensor) -> Tensor:
+        """plain [B, …], but jumping [n, …] for the images that learn jumps."""
+        every = self.config.consistency_every
+        return consistency.join(consistency.split(plain, every)[0], jumping, every)
 
     def timesteps(self, seed: int, first: int, count: int) -> Tensor:
         """The t of images first … first + count - 1, fp32 from 0 to timesteps. [count]"""
@@ -176,7 +232,7 @@ class DDPM:
 
     def losses_of(self, model: Network, drawn: Drawn) -> Tensor:
         """The loss of each image of what was drawn, fp32 [B]."""
-        x0, noise, t, y = drawn
+        x0, noise, t, y, _ = drawn
         x_t, target = self.corrupt(x0, noise, t)
         unlabelled = self.labels.unlabelled(model, x_t, t, y)  # before the forward that keeps activations
         out = evaluate(model, x_t, t, y, x0.shape[1] * (2 if self.bound else 1))
@@ -201,47 +257,6 @@ class DDPM:
         return x_t, x0 if self.config.prediction == "x0" else signal * noise - noise_level * x0
 
 
-class VariationalBound:
-    """The term of the variational bound at t, for a network that learns the variance (arXiv 2006.11239, equation 5)."""
-
-    def __init__(self, config: DiffusionConfig, beta: Tensor, device: torch.device):
-        """beta: fp64 [timesteps]."""
-        alphas_cumprod = (1 - beta).cumprod(0)  # in fp64, for 1 - ᾱ at t = 0 keeps only three digits in fp32
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        posterior = beta * (1 - previous) / (1 - alphas_cumprod)
-        posterior[0] = posterior[min(1, len(posterior) - 1)]  # it is 0 at t = 0; its logarithm is taken from t = 1
-        # What an error in the prediction becomes in x0, then in the posterior's mean (arXiv 2006.11239, equation 7).
-        error_in_x0 = {
-            "epsilon": ((1 - alphas_cumprod) / alphas_cumprod).sqrt(),
-            "v": (1 - alphas_cumprod).sqrt(),
-            "x0": -torch.ones_like(beta),
-        }[config.prediction]
-        error_in_mean = error_in_x0 * previous.sqrt() * beta / (1 - alphas_cumprod)
-        self.min_log_variance = posterior.clamp(min=1e-20).log().float().to(device)
-        self.max_log_variance = beta.log().float().to(device)
-        self.error_in_mean = error_in_mean.float().to(device)
-
-    def __call__(self, x0: Tensor, error: Tensor, variance: Tensor, t: Tensor) -> Tensor:
-        """In bits per dimension [B]. error is prediction minus target [B, C, *size]; variance is the network's, -1 for the
-        posterior's and 1 for beta.
-
-        The means of both distributions are affine in the prediction, so their distance follows from the error alone.
-        """
-        low, high = _per_image(self.min_log_variance[t], x0), _per_image(self.max_log_variance[t], x0)
-        log_variance = low + (variance + 1) / 2 * (high - low)
-        distance = _per_image(self.error_in_mean[t], error) * error  # true mean minus predicted mean
-        kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + distance.square() * (-log_variance).exp())
-
-        # At t = 0: the likelihood of x0's bin among 256 between -1 and 1, the outer ones open. DiT does the same to latents.
-        inverse_std = (-0.5 * log_variance).exp()
-        half, z = inverse_std / 255, distance * inverse_std
-        inside = _normal_cdf(half - z.abs()) - _normal_cdf(-half - z.abs())  # in the lower tail, where fp32 keeps its digits
-        outer = _normal_cdf(half + torch.where(x0 < 0, z, -z))
-        likelihood = torch.where(x0.abs() > 0.999, outer, inside)
-        nll = -likelihood.clamp(min=1e-12).log()
-        return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
-
-
 Objective = DDPM | Flow
 
 
@@ -254,7 +269,3 @@ def choose_objective(config: Config, device: torch.device) -> Objective:
 
 def _per_image(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))  # [B] → [B, 1, …], as many axes as x has
-
-
-def _normal_cdf(z: Tensor) -> Tensor:
-    return 0.5 * torch.erfc(-math.sqrt(0.5) * z)  # torch.special.ndtr loses the lower tail in fp32

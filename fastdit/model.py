@@ -136,6 +136,9 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(config.num_tokens, D), requires_grad=config.position == "learned")
         between = nn.GELU(approximate="tanh") if config.time_embedding == "seed" else nn.SiLU()
         self.t_embedder = nn.Sequential(nn.Linear(num_frequencies(config), D), between, nn.Linear(D, D))
+        self.jump_embedder: nn.Sequential | None = None
+        if config.jumps:
+            self.jump_embedder = nn.Sequential(nn.Linear(num_frequencies(config), D), nn.SiLU(), nn.Linear(D, D))
         num_rows = config.num_classes + (config.class_dropout > 0)  # the last row is the null class
         self.y_embedder = nn.Embedding(num_rows, D) if config.num_classes else None
         # One projection makes every block's six vectors and the final layer's two: they all read the same SiLU(c).
@@ -147,29 +150,45 @@ class DiT(nn.Module):
     def from_pretrained(cls, *_: object, **__: object) -> NoReturn:
         raise AttributeError("fastdit.load(source) loads a DiT: from a run's folder, a checkpoint, an export or a hub id")
 
-    def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """The modulation of all blocks, [B, 6·L + 2, D], from timesteps t [B] and labels y [B] (None: unconditional)."""
+    def condition(self, t: Tensor, y: Tensor | None, jump: Tensor | None = None) -> Tensor:
+        """The modulation of all blocks, [B, 6·L + 2, D], from timesteps t [B] and labels y [B] (None: unconditional).
+
+        jump: the length of the step that follows [B], in timesteps, for a network that knows jumps; None: 0, plain flow.
+        """
         dtype, whose = self.x_embedder.weight.dtype, self.config.time_embedding
         t = t / 1000 if whose == "sit" else t
         sinusoids = timestep_embedding(t, num_frequencies(self.config), endpoint=whose in ("diffusers", "seed"))
         c = self.t_embedder(sinusoids.to(dtype))
+        if self.jump_embedder is not None:
+            jump = torch.zeros_like(t) if jump is None else jump
+            of_length = self.jump_embedder(timestep_embedding(jump, num_frequencies(self.config)).to(dtype))
+            # Times the length: at 0 the network is the one without jumps, to the bit, and near 0 it is near that one.
+            c = c + (jump / 1000).to(dtype)[:, None] * of_length
         if self.y_embedder is not None:
             assert y is not None, "a class-conditional model needs labels"
             c = c + self.y_embedder(y)
         return self.adaLN_modulation(F.silu(c)).view(len(c), -1, self.config.width)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        modulation: Tensor | None = None,
+        jump: Tensor | None = None,
+    ) -> Tensor:
         """Predict noise (or v, x0, velocity) from x [B, C, *input_size] at t [B], 0 … timesteps, for labels y [B].
 
         Returns fp32 [B, C, *input_size], or 2·C channels with learn_sigma: the prediction, then the variance.
-        modulation: `condition(t, y)` computed before, where t and y repeat across calls, as they do in sampling.
+        modulation: `condition(t, y, jump)` computed before, where they repeat across calls, as they do in sampling.
+        jump: as `condition` takes it. The prediction is then of the whole step from t to t - jump.
         """
         patches = patchify(x, self.config).to(self.x_embedder.weight.dtype)
         h = self.x_embedder(patches) + self.pos_embed
         if modulation is None:
             # After the patches, so that in the backward the modulation's gradient is whole, and on its way, before theirs.
             # Not self.condition: FSDP hooks that one, and hooks within hooks would free the weights and gather them twice.
-            modulation = DiT.condition(self, t, y)
+            modulation = DiT.condition(self, t, y, jump)
         # Two rows for the first norm. Then six a block, of which the last two are for the norm that follows.
         first, *per_block = modulation.split([2] + [6] * self.config.depth, dim=1)
         m = self.ops.ln_modulate(h, *first.unbind(1))
@@ -206,9 +225,9 @@ class DiT(nn.Module):
         if "conv." in name:  # torch.nn's default: uniform within ±1/√taps
             bound = self.config.conv_taps**-0.5
             return nn.init.uniform_(value, -bound, bound, generator=rng)
-        if name.startswith(("adaLN_modulation", "final_layer")) or name.endswith("bias"):
+        if name.startswith(("adaLN_modulation", "final_layer", "jump_embedder.2")) or name.endswith("bias"):
             return value
-        if name.startswith(("t_embedder", "y_embedder")):
+        if name.startswith(("t_embedder", "y_embedder", "jump_embedder")):
             return nn.init.normal_(value, std=0.02, generator=rng)
         return nn.init.xavier_uniform_(value, generator=rng)
 

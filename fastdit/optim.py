@@ -192,6 +192,15 @@ class Optimizer:
 
             self.adamw_ema, self.address_table = adamw_ema, addresses
 
+    def begin(self, prefix: str) -> None:
+        """Count the steps of these parameters from 0: they had no gradient so far, and AdamW corrects its moments by the count.
+
+        Without it their first steps would be up to six times the learning rate.
+        """
+        for name, steps in zip(self.adamw.named, self.adamw.steps, strict=True):
+            if name.startswith(prefix):
+                steps.zero_()
+
     def rates(self, images_seen: int) -> Tensor:
         """The learning rate, and the weight of the average, of the step on the global batch that follows: [2] on the device.
 

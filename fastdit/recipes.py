@@ -74,6 +74,7 @@ def derive(config: Config, before: Config) -> Config:
         data={"kind": kind},
         model={
             **(pictures if kind == "images" else {}),
+            "jumps": config.diffusion.consistency > 0,
             "num_heads": heads.get(m.width) or next((h for h in range(most, 1, -1) if m.width % h == 0), 1),
         },
         diffusion=({"clip_x0": d.vae is None} if kind == "images" else {})

@@ -1,5 +1,6 @@
 """From a trained network to pictures: sample and decode. Picture n of a seed is the same on any number of ranks."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from fastdit.runtime.ranks import World
 # and the signal that pure noise stands in for is 1.1 % of x0's amplitude (at the linear schedule's own end it is 0.6 %).
 START_LOG_SNR = -4.5
 
+FEW = 8  # steps of a schedule that a network which has learnt jumps takes as jumps
 MODULATION_BYTES = 256 << 20  # of modulation computed at once
 
 
@@ -53,6 +55,7 @@ class Modulations:
 
     def __init__(self, model: DiT, times: list[float], y: Tensor | None, batch: int, device: torch.device):
         self.model, self.times, self.device = model, times, device
+        self.lengths = jump_lengths(times, model.config.jumps)
         self.classes: Tensor | None = None
         row = torch.zeros(batch, dtype=torch.int64)
         if y is not None:
@@ -72,7 +75,9 @@ class Modulations:
     def _compute(self, times: list[float]) -> None:
         t = torch.tensor(times, device=self.device).repeat_interleave(self.num_classes)
         y = None if self.classes is None else self.classes.to(self.device).repeat(len(times))
-        modulation = self.model.condition(t, y).view(len(times), self.num_classes, -1, self.model.config.width)
+        lengths = [self.lengths.get(time, 0.0) for time in times]
+        jump = torch.tensor(lengths, device=self.device).repeat_interleave(self.num_classes)
+        modulation = self.model.condition(t, y, jump).view(len(times), self.num_classes, -1, self.model.config.width)
         self.known = dict(zip(times, modulation, strict=True))
 
 
@@ -133,6 +138,7 @@ def x0_of(
         null_class=m.num_classes if m.class_dropout else None,
         learn_sigma=m.learn_sigma,
         modulation=modulations.at,
+        jumps=m.jumps,
         on_step=None if on_step is None else lambda step, _: on_step(step),
     )
 
@@ -158,6 +164,12 @@ def sampling_times(config: DiffusionConfig, steps: int) -> list[float]:
     return [float(t) for t in reversed(times)]
 
 
+def jump_lengths(times: list[float], jumps: bool) -> dict[float, float]:
+    """The length of the step from each time, as the network is given it: 0 in a longer schedule, which follows plain flow."""
+    few = jumps and len(times) <= FEW
+    return {t: t - after if few else 0.0 for t, after in itertools.pairwise([*times, 0.0])}
+
+
 @torch.no_grad()
 def sample(
     model: Callable[..., Tensor],
@@ -175,6 +187,7 @@ def sample(
     null_class: int | None = None,
     learn_sigma: bool = False,
     modulation: Callable[[float], Tensor] | None = None,
+    jumps: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Images first … first + B - 1 of a seed: x0 [B, C, *size] fp32, in `steps` forwards.
@@ -196,12 +209,14 @@ def sample(
         raise ValueError(f"guidance {guidance:g} needs labels and a null class")
     B, C = shape[:2]
     times = sampling_times(config, steps)
+    lengths = jump_lengths(times, jumps)
     to_x0 = _x0_from_prediction(config, times)
 
     def network(x: Tensor, time: float, y: Tensor | None) -> Tensor:
         t = torch.full((len(x),), time, device=x.device)
         if modulation is None:
-            return model(x, t, y).float()
+            given = {"jump": torch.full_like(t, lengths[time])} if jumps else {}
+            return model(x, t, y, **given).float()
         out = model(x, t, y, modulation=modulation(time)[: len(x)])  # the labelled half where a step is not guided
         return out.float().clone()  # a graph's output lasts until its next run, a solver's history longer
 

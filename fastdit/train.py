@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdit import panel, pictures, sampling
+from fastdit import consistency, panel, pictures, sampling
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, UserError, plain
 from fastdit.data import classes, encoding, vae
@@ -70,11 +70,13 @@ def step(
 
     Nothing here waits for the device: both results stay on it. `graph` is `update` as one CUDA graph.
     """
-    batch, drawn = config.train.batch, []
+    batch, drawn, jumps = config.train.batch, [], consistency.on(config, images_seen)
     for micro in range(config.train.grad_accum):
         first = images_seen + (micro * world.size + world.rank) * batch  # this rank's images of the micro-step, by number
         x0, y, *_ = pack.batch(first, batch)
-        drawn.append(draw(objective, x0, y if config.model.num_classes else None, config.run.seed, first))
+        drawn.append(draw(objective, x0, y if config.model.num_classes else None, config.run.seed, first, jumps))
+    if consistency.begins(config, images_seen, optimizer.global_batch):
+        optimizer.begin("jump_embedder")
     rates = optimizer.rates(images_seen)
     done = graph(drawn, rates) if graph else update(model, objective, optimizer, drawn, rates)
     optimizer.follow(images_seen + optimizer.global_batch)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdit import config as C
-from fastdit import train
+from fastdit import consistency, train
 from fastdit.config import Config, ParallelConfig
 from fastdit.diffusion import choose_objective, draw
 from fastdit.model import DiT
@@ -122,15 +122,16 @@ def trained(config: Config, graphed: bool, kernel: bool, steps: int) -> tuple[li
             x0 = torch.randn(4, 3, 8, 8, generator=rng)
             if number == steps - 2:
                 x0[0, 0, 0, 0] = torch.nan
-            drawn.append(draw(objective, x0, torch.arange(4), 0, 4 * (number * config.train.grad_accum + micro)))
+            jumps = consistency.on(config, number * config.train.batch * config.train.grad_accum)
+            drawn.append(draw(objective, x0, torch.arange(4), 0, 4 * (number * config.train.grad_accum + micro), jumps))
         loss, norm = step(drawn, optimizer.rates(number * config.train.batch * config.train.grad_accum))
         found += [loss.item(), norm.item()]
         if number == 4:  # a grid between two steps
             with optimizer.ema.applied(model), torch.no_grad():
                 found.append(model(x0, torch.zeros(4), torch.arange(4)).sum().item())
     if graphed and not said:
-        assert len(recorded.captures) == 1
-        assert step.calls == steps
+        assert len(recorded.captures) == 1 + (config.diffusion.consistency > 0)
+        assert config.diffusion.consistency or step.calls == steps
     ranks.shutdown()
     return found, {n: t.detach().clone() for n, t in optimizer.tensors().items()}, said
 
@@ -144,13 +145,17 @@ def trained(config: Config, graphed: bool, kernel: bool, steps: int) -> tuple[li
         ({"train": {"grad_accum": 2}}, True),
         ({"diffusion": {"kind": "flow", "model_guidance": 0.3}, "parallel": {"precision": "fp32"}}, False),
         ({"model": {"learn_sigma": True}, "diffusion": {"kind": "ddpm"}}, False),
+        # From the fifth step on with jumps: another graph.
+        ({"model": {"jumps": True}, "diffusion": {"consistency": 0.75, "model_guidance": 0.3}}, False),
+        ({"model": {"jumps": True}, "diffusion": {"consistency": 0.75}}, True),
     ],
-    ids=["bf16", "kernel", "accumulated", "kernel, accumulated", "flow", "learned variance"],
+    ids=["bf16", "kernel", "accumulated", "kernel, accumulated", "flow", "learned variance", "jumps", "kernel, jumps"],
 )
 def test_a_replayed_step_is_the_step_to_the_bit(run_ranks, groups, kernel):
     """Learning rate, averages' weight, step counts, batches, noise and skips all change from replay to replay."""
-    [(losses, weights, _)] = run_ranks(1, trained, config(**groups), False, kernel, 8, init=False)
-    [(replayed, theirs, said)] = run_ranks(1, trained, config(**groups), True, kernel, 8, init=False)
+    steps = 12 if "jumps" in groups.get("model", {}) else 8
+    [(losses, weights, _)] = run_ranks(1, trained, config(**groups), False, kernel, steps, init=False)
+    [(replayed, theirs, said)] = run_ranks(1, trained, config(**groups), True, kernel, steps, init=False)
     assert not said
     assert [x if x == x else None for x in replayed] == [x if x == x else None for x in losses]
     assert weights.keys() == theirs.keys()

@@ -19,7 +19,7 @@ SOURCES = FASTDIT + sorted(ROOT.glob("kernels/fastdit_kernels/*.py"))
 KERNELS = "fastdit_kernels"  # below all ranks: a package of its own
 RANKS = [
     {"config"},
-    {"runtime", "robot.simulator", "recipes", "embeddings", "posthoc"},
+    {"runtime", "robot.simulator", "recipes", "embeddings", "posthoc", "consistency", "bound"},
     {"command", "pictures", "model", "diffusion", "ema", "checkpoint", "meter", "data"},
     {"optim", "sampling", "weights", "panel"},
     {"weights.pipeline", "quality", "planning", "robot"},
@@ -175,6 +175,7 @@ def test_what_is_tested_exists():
         "main_job",  # the verbs together
         "reliability",  # whatever may happen to a run
         "fuzz",  # whatever may be given to a run
+        "consistency_run",  # a run that begins to learn jumps on its way
         "samplers",  # the other half of diffusion.py
         "guidance",  # by classes, in diffusion.py, sampling.py and training
     }

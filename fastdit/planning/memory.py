@@ -28,7 +28,7 @@ PROCESS = 10**9  # of a rank on a CPU: PyTorch and its libraries, 0.7 GB before 
 def num_parameters(m: ModelConfig) -> int:
     """Parameters of the model, computed from its widths: nothing is built, so any width may be asked for."""
     D, F, T = m.width, m.mlp_ratio * m.width, m.num_tokens
-    embed = (m.channels * m.patch_size + 1) * D + T * D + (num_frequencies(m) + 1) * D + (D + 1) * D
+    embed = (m.channels * m.patch_size + 1) * D + T * D + (1 + m.jumps) * (num_frequencies(m) + 1 + D + 1) * D
     classes = (m.num_classes + (m.class_dropout > 0)) * D if m.num_classes else 0
     convolution = F * (m.conv_taps + 1) if m.conv_kernel else 0
     norms = 2 * (D // m.num_heads) if m.qk_norm else 0

@@ -65,8 +65,9 @@ class _Beside:
 class Graphed:
     """`function` of a tree of tensors, called as it is for WARM_UPS calls, then captured once and replayed from there on.
 
-    Each call has tensors of the same shapes, and does what the plain function would. What it returns is overwritten by the next
-    call. Where the capture fails, `say` gets one line and the function is called plainly from there on.
+    Each call does what the plain function would. What it returns is overwritten by the next call. Tensors of other shapes, or
+    another tree of them, as where a run begins to learn jumps, are warmed up for and captured anew, in place of the former.
+    Where the capture fails, `say` gets one line and the function is called plainly from there on.
     captured: told once whether the capture succeeded, to fill tables of the addresses it fixed, or to tidy up.
     """
 
@@ -78,20 +79,24 @@ class Graphed:
         backend: Any = None,
     ):
         self.function, self.say, self.captured, self.backend = function, say, captured, backend or Cuda()
-        self.calls = 0
+        self.calls = 0  # of this form
+        self.form: Any = None
         self.graph: Graph | None = None
         self.failed = False
         self.inputs: list[Any] = []
         self.result: Any = None
 
     def __call__(self, *args: Any) -> Any:
+        leaves, tree = tree_flatten(args)
+        form = tree, [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]
+        if form != self.form:
+            self.form, self.calls, self.graph, self.result = form, 0, None, None
         self.calls += 1
         if self.failed:
             return self.function(*args)
         if self.calls <= WARM_UPS:
             with self.backend.warm_up():
                 return self.function(*args)
-        leaves, tree = tree_flatten(args)
         if self.graph is None:
             self.inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             try:

@@ -34,6 +34,9 @@ def validate(config: Config, encoded: bool = True) -> None:
         axes = " rows and columns" if len(m.input_size) == 3 else ""
         raise UserError(f"--model.patch {m.patch} does not divide the network's input of {times(m.input_size)}{axes}")
     _validate_diffusion(config.diffusion)
+    every = config.diffusion.consistency_every
+    if config.diffusion.consistency and config.train.batch % every:
+        raise UserError(f"--train.batch {config.train.batch} is no multiple of {every}, which --diffusion.consistency needs")
     _validate_data(config)
     _validate_sampling(config)
     name = config.run.name or "x"
@@ -67,6 +70,12 @@ def _validate_diffusion(d: DiffusionConfig) -> None:
     if d.prediction not in (*fitting, last):
         said = f"--diffusion.prediction {d.prediction} does not go with --diffusion.kind {d.kind}"
         raise UserError(f"{said}; use {', '.join(fitting)} or {last}")
+    if d.consistency and d.kind != "flow":
+        raise UserError(f"--diffusion.consistency {d.consistency:g} needs --diffusion.kind flow")
+    if d.consistency > 1:
+        raise UserError(f"--diffusion.consistency is {d.consistency:g}; it must be a share, 0 to 1")
+    if d.consistency_every < 2:
+        raise UserError(f"--diffusion.consistency_every is {d.consistency_every}; it must be at least 2")
     if d.timesteps > MOST_TIMESTEPS:
         raise UserError(f"--diffusion.timesteps is {d.timesteps}; it must be at most {MOST_TIMESTEPS}")
     mean, deviation = d.flow_t_logit

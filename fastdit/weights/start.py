@@ -72,6 +72,8 @@ def _adapt(name: str, given: dict[str, Tensor], initial: Tensor, ours: ModelConf
         return _positions(old, initial, ours, theirs)
     if name == "y_embedder.weight":
         return _classes(old, initial, ours, theirs)
+    if name.startswith("jump_embedder") and old is None:
+        return initial, "the length of a step is new: at 0 the network is as it was"
     assert old is not None, "SHAPES decides every other name"
     channels, same = f"{theirs.channels} channels there, {ours.channels} here", min(ours.channels, theirs.channels)
     if name == "x_embedder.weight" and ours.channels != theirs.channels:
