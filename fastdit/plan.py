@@ -159,7 +159,7 @@ def memory_table(options: Options, where: Cluster) -> Table:
     table.add_row(f"of the {capacity / GIB:.1f} there are", *(f"{x / capacity:.0%}" for x in totals))
     fits = [footprint.largest_batch(variant, ranks, capacity) for variant in variants]
     table.add_row("largest batch that fits", *(f"{n:,}" if n else "none" for n in fits))
-    table.caption = "The dataset's pack is not in it: it stays on the device up to --data.device_gib."
+    table.caption = "The data's pack is not in it. It stays on the device if it has at most 16 GiB."
     return table
 
 

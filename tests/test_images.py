@@ -473,7 +473,7 @@ NO_PICTURES = {
 def test_a_column_of_no_pictures_is_refused(tmp_path, kind):
     (tmp_path / "d").mkdir()
     pq.write_table(pa.table({"image": NO_PICTURES[kind]}), tmp_path / "d" / "x.parquet")
-    with pytest.raises(UserError, match=r"column 'image' holds .*, not encoded pictures; --data\.image_column") as caught:
+    with pytest.raises(UserError, match=r"column 'image' holds .*, not encoded pictures") as caught:
         images.open_images(DataConfig(path=str(tmp_path / "d")))
     assert "\n" not in str(caught.value)
 
@@ -495,6 +495,18 @@ def test_the_parquet_file_at_fault_is_named(shards, damage):
     with pytest.raises(UserError, match=rf"--data\.path {file}: ") as caught:
         images.open_images(DataConfig(path=str(shards)))
     assert "\n" not in str(caught.value)
+
+
+def test_the_only_column_of_pictures_may_have_any_name(tmp_path):
+    (tmp_path / "d").mkdir()
+    pq.write_table(pa.table({"label": [4, 0], "photo": [png(0), png(1)]}), tmp_path / "d" / "x.parquet")
+    found = read(images.open_images(DataConfig(path=str(tmp_path / "d"), image_size=(24, 20))))
+    np.testing.assert_array_equal(found[1].image, np.roll(NOISE, 1, axis=0))
+    assert [e.label for e in found] == [4, 0]
+    for columns, said in (({"a": [png()], "b": [png()]}, "several columns"), ({"a": [5], "b": ["x"]}, "no column")):
+        pq.write_table(pa.table(columns), tmp_path / "d" / "x.parquet")
+        with pytest.raises(UserError, match=f"has no column 'image', and {said} of pictures; its columns: a, b$"):
+            images.open_images(DataConfig(path=str(tmp_path / "d")))
 
 
 def test_binary_columns_are_pictures(tmp_path):
@@ -528,9 +540,6 @@ def test_a_dataset_with_code_of_its_own_is_refused_unrun(tmp_path):
 def test_datasets_that_cannot_be_had_are_one_line(shards):
     cases = {
         "no such folder, and not loaded from the hub": DataConfig(path="nobody/none"),
-        "has no column --data.image_column 'photo'; its columns: image, label": DataConfig(
-            path=str(shards), image_column="photo"
-        ),
         "has no held-out images": DataConfig(path=str(shards)),
     }
     with pytest.raises(UserError, match='"validation"'):

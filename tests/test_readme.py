@@ -170,6 +170,16 @@ def test_options_exist(page):
     assert not unknown, f"{page.name} names {', '.join(sorted(unknown))}"
 
 
+def test_options_that_the_verbs_speak_of_exist():
+    """In errors, help and comments. Only validation.py speaks of hidden settings, which a config.json may have wrong."""
+    short = {f"--{name.rpartition('.')[2]}" for name in _option_names(Config)}
+    known = option_names() | short | {"--parallel.shard", "--group.field", "--field", "--model", "--num"}
+    for path in sorted({*(ROOT / "fastdit").rglob("*.py")} - {ROOT / "fastdit" / "runtime" / "validation.py"}):
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", path.read_text()))
+        unknown = {name for name in named if re.sub(r"(^--|\.)no_", r"\1", name) not in known} - THEIRS
+        assert not unknown, f"{path.name} names {', '.join(sorted(unknown))}"
+
+
 def anchors(page: Path) -> set[str]:
     """What GitHub and mkdocs call a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)

@@ -44,16 +44,17 @@ def _load(data: DataConfig, named: str, files: Sequence[str], **options: Any) ->
             _readable(file)
         where = "" if os.path.exists(os.path.expanduser(named)) else "no such folder, and not loaded from the hub: "
         raise UserError(f"--data.path {plain(named)}: {where}{_reason(error)}") from None
-    feature = (table.features or {}).get(data.image_column)
-    if feature is None:
-        columns = ", ".join(table.column_names or ["unknown"])
+    features = table.features or {}
+    if data.image_column not in features:  # the only column of pictures, whatever it is called
+        pictures = [column for column, feature in features.items() if _holds_images(feature)]
+        if len(pictures) != 1:
+            lacks = f"no column {data.image_column!r}, and {'several columns' if pictures else 'no column'} of pictures"
+            columns = plain(", ".join(table.column_names or ["unknown"]))
+            raise UserError(f"--data.path {plain(named)} has {lacks}; its columns: {columns}")
+        table = table.rename_column(pictures[0], data.image_column)
+    elif not _holds_images(feature := features[data.image_column]):
         raise UserError(
-            f"--data.path {plain(named)} has no column --data.image_column {data.image_column!r}; its columns: {plain(columns)}"
-        )
-    if not _holds_images(feature):
-        raise UserError(
-            f"--data.path {plain(named)}: column {data.image_column!r} holds {plain(feature, 80)}, not encoded pictures; "
-            "--data.image_column names another"
+            f"--data.path {plain(named)}: column {data.image_column!r} holds {plain(feature, 80)}, not encoded pictures"
         )
     return table.cast_column(data.image_column, datasets.Image(decode=False))
 

@@ -19,7 +19,7 @@ WARM_UPS = 3  # calls before the capture: the compiler compiles in them, librari
 
 
 def graphs(config: ParallelConfig, world: World) -> bool:
-    """Whether --parallel.graph means a graph here. Collectives are not captured: several ranks launch kernel by kernel."""
+    """Whether the step is a graph here. Collectives are not captured: several ranks launch kernel by kernel."""
     return config.graph == "on" or (config.graph == "auto" and world.device.type == "cuda" and world.size == 1)
 
 
