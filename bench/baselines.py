@@ -4,6 +4,7 @@ fp32 parameters under autocast, modulation block by block, residuals added on th
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,51 @@ def seed_repository(model: ModelConfig, device: torch.device) -> PlainDiT:
 def standard(model: ModelConfig, device: torch.device) -> PlainDiT:
     """With a plain MLP."""
     return PlainDiT(32, 4, 2, model.depth, model.width, model.num_heads, conv=False).to(device)
+
+
+class TimmBlock(PlainBlock):
+    """A DiT block of timm's own attention and MLP."""
+
+    def __init__(self, width: int, num_heads: int, grid: tuple[int, int]):
+        from timm.layers import Mlp
+        from timm.models.vision_transformer import Attention
+
+        super().__init__(width, num_heads, grid, conv=False)
+        del self.qkv, self.proj, self.fc1, self.fc2
+        self.attn = Attention(width, num_heads, qkv_bias=True)
+        self.feed_forward = Mlp(width, 4 * width, act_layer=partial(nn.GELU, approximate="tanh"))
+
+    def attend(self, m: Tensor) -> Tensor:
+        return self.attn(m)
+
+    def mlp(self, m: Tensor) -> Tensor:
+        return self.feed_forward(m)
+
+
+def of_timm(model: ModelConfig, device: torch.device) -> PlainDiT:
+    """With timm's attention and MLP."""
+    network = standard(model, device)
+    network.blocks = nn.ModuleList(TimmBlock(model.width, model.num_heads, (16, 16)) for _ in range(model.depth)).to(device)
+    return network
+
+
+class DiffusersDiT(nn.Module):
+    """diffusers' DiTTransformer2DModel, of one class."""
+
+    def __init__(self, model: ModelConfig):
+        from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+        super().__init__()
+        self.network = DiTTransformer2DModel(
+            model.num_heads, model.width // model.num_heads, 4, num_layers=model.depth, num_embeds_ada_norm=1
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.network(x, timestep=t, class_labels=torch.zeros_like(t)).sample
+
+
+def of_diffusers(model: ModelConfig, device: torch.device) -> DiffusersDiT:
+    return DiffusersDiT(model).to(device)
 
 
 def training_step(

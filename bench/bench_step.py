@@ -6,6 +6,7 @@ rate. On a GPU: each alone, B/2 and XL/2. The ops of a step are counted, and a s
 """
 
 import dataclasses
+import importlib.util
 
 import pytest
 import torch
@@ -28,6 +29,8 @@ pytestmark = [
 CONFIG = RECIPES["cats-256"]
 SEED = "the seed's way"
 STANDARD = "standard DiT"
+DIFFUSERS = "diffusers' DiTTransformer2DModel"
+TIMM = "DiT of timm's attention and MLP"
 PLAIN = "fastdit, plain MLP"
 COMPILED = ", torch.compile"
 AUTOCAST = ", autocast to bf16"
@@ -50,7 +53,8 @@ def training(name: str, size: str, batch: int, world, baselines, dtype: torch.dt
     """A call that takes one training step. Options are fields of our config: kernels, attention."""
     x0 = torch.randn(batch, 4, 32, 32, device=world.device)
     if not name.startswith("fastdit"):
-        make = baselines.seed_repository if name.startswith(SEED) else baselines.standard
+        makers = {SEED: baselines.seed_repository, DIFFUSERS: baselines.of_diffusers, TIMM: baselines.of_timm}
+        make = makers.get(name.removesuffix(COMPILED).removesuffix(AUTOCAST), baselines.standard)
         alphas_cumprod = schedule(CONFIG.diffusion)[1].to(world.device)
         return baselines.training_step(
             make(model_config(name, size, depth), world.device), alphas_cumprod, x0, name.endswith(COMPILED), dtype
@@ -106,17 +110,39 @@ def test_step_in_turns(side_by_side, tally, counting, device, world, baselines, 
     calls = {name: training(name, size, batch, world, baselines, dtype, depth) for name in names}
     for name, call in calls.items():
         tally(counting.count(call), of="a step", baseline=name, shape=what)
-    flops = {name: batch * train_flops_per_image(model_config(name, size, depth)) for name in names}
-    alone = "its matrix products alone"
-    calls[alone], flops[alone] = products(model_config(ours, size, depth), batch, device, dtype)
-    rows = side_by_side(calls, op="training step", shape=what, rounds=7, budget=45, flops=flops, images=batch)
+    in_turns(side_by_side, calls, device, dtype, what, depth, batch)
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("how", ["", COMPILED], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("fastdit", (SEED,)), (PLAIN, (STANDARD, DIFFUSERS, TIMM))], ids=["convolution", "plain"]
+)
+def test_two_blocks_beside_what_is_installed(side_by_side, device, world, baselines, dtype, numbers, ours, theirs, how):
+    """diffusers' class and timm's modules as they are, beside the restatements and ours."""
+    if device.type == "cuda":
+        pytest.skip("on a GPU a step of two blocks is mostly dispatch")
+    if TIMM in theirs and importlib.util.find_spec("timm") is None:
+        theirs = tuple(name for name in theirs if name != TIMM)  # no dependency of ours
+    batch, depth = 8, 2
+    names = [ours, *([ours + how] if how else []), *(name + how for name in theirs)]
+    calls = {name: training(name, "B", batch, world, baselines, dtype, depth) for name in names}
+    in_turns(side_by_side, calls, device, dtype, f"2 blocks of B/2, batch {batch}, 32×32×4 {numbers}", depth, batch)
+
+
+def in_turns(side_by_side, calls, device: torch.device, dtype: torch.dtype, what: str, depth: int, batch: int) -> None:
+    """Time the calls, ours first, and the matrix products alone, round by round."""
+    ours, alone = next(iter(calls)), "its matrix products alone"
+    flops = {name: batch * train_flops_per_image(model_config(name, "B", depth)) for name in calls}
+    more, flops[alone] = products(model_config(ours, "B", depth), batch, device, dtype)
+    rows = side_by_side({**calls, alone: more}, op="training step", shape=what, rounds=7, budget=45, flops=flops, images=batch)
     # All by ratios of times in one round, which the machine's ups and downs leave alone.
     times = {name: row.extra.get("x of the first", 1.0) for name, row in rows.items()}
-    for name in names:
+    best = min(times[name] for name in calls if name.startswith("fastdit"))
+    for name in calls:
         rows[name].extra["of the bound"] = flops[name] / flops[alone] * times[alone] / times[name]
-    best = min(times[ours], times[ours + COMPILED])
-    for name in (theirs, theirs + COMPILED):
-        rows[name].extra["x the time of ours at its best"] = times[name] / best
+        if not name.startswith("fastdit"):
+            rows[name].extra["x the time of ours at its best"] = times[name] / best
     torch._dynamo.reset()
 
 

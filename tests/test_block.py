@@ -158,7 +158,7 @@ def test_beside_ops_and_products_stand_the_qkv_biases_sum_and_the_assembly_of_at
     own = [k for k in found if k.own]
     large = [k for k in own if k.bytes_per_element > 0.3]
     assert sum(k.bytes_per_element for k in large) == pytest.approx(6 + assembly, abs=0.2), large
-    assert sum(k.bytes_per_element for k in own) <= 6 + assembly + 0.8, own
+    assert sum(k.bytes_per_element for k in own) <= 6 + assembly + 0.5, own
     assert [k for k in found if not k.own and not k.name.startswith((*PRODUCTS, "fastdit.", "stand_in."))] == []
     # Three of our ops launch a second kernel, which adds partial sums. Attention, whose kernels are not ours, counts as two.
     assert len(found) + 3 <= 31 + (assembly > 0)

@@ -157,14 +157,14 @@ def forward(
     return r, m, mean, rstd
 
 
-def backward_outputs(r: Tensor, gate: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, sums), not yet computed: dx and dy like r; sums [B, 3, D] in gate's dtype are dgate, dshift and dscale.
+def backward_outputs(r: Tensor, gate: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dy, sums, dbias), not yet computed: dx and dy like r; sums [B, 3, D] in gate's dtype are dgate, dshift and dscale.
 
-    With a bias they are fp32 [B, 4, D]. The fourth is each sample's part of the bias's gradient, rounded only when it is whole.
+    dbias [B, D] in fp32 is each sample's part of the bias's gradient, rounded only when it is whole; empty without a bias.
     """
     B, _, D = r.shape
-    sums = gate.new_empty(B, 3, D) if bias is None else gate.new_empty(B, 4, D, dtype=torch.float32)
-    return torch.empty_like(r), torch.empty_like(r), sums
+    dbias = gate.new_empty(0 if bias is None else B, D, dtype=torch.float32)
+    return torch.empty_like(r), torch.empty_like(r), gate.new_empty(B, 3, D), dbias
 
 
 def backward(
@@ -178,15 +178,15 @@ def backward(
     rstd: Tensor,
     launch: Launch,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, sums), as `backward_outputs` has them. A dr of None is zero."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dy, sums, dbias), as `backward_outputs` has them. A dr of None is zero."""
     B, T, D = r.shape
-    dx, dy, sums = backward_outputs(r, gate, bias)
+    dx, dy, sums, dbias = backward_outputs(r, gate, bias)
     if not r.numel():
-        return dx, dy, sums.zero_()
+        return dx, dy, sums.zero_(), dbias.zero_()
     splits, rows = backward_split(B, T, D)
     block, num_warps = block_and_warps(D)
-    partials = r.new_empty(B, splits, sums.shape[1] * D, dtype=torch.float32)
+    partials = r.new_empty(B, splits, (3 if bias is None else 4) * D, dtype=torch.float32)
     # Eighty registers let 24 warps share an SM. ptxas would take a hundred at eight warps; only fp32 streams need them.
     # A fourth sum takes eight more, and leaves room for 20.
     max_registers = (80 if bias is None else 96) if r.itemsize == 2 and block <= 2048 else None
@@ -195,21 +195,21 @@ def backward(
         p_gate=gate, p_scale=scale, p_bias=bias, p_mean=mean, p_rstd=rstd, p_dx=dx, p_dy=dy, p_partials=partials, T=T,
         rows=rows, stride_gate=gate.stride(0), stride_scale=scale.stride(0), D=D, BLOCK=block,
     )  # fmt: skip
-    sum_partials(partials, sums, launch)
-    return dx, dy, sums
+    sum_partials(partials, sums, launch, None if bias is None else dbias)
+    return dx, dy, sums, dbias
 
 
 def traffic(B: int, T: int, D: int, stream: int, modulation: int, bias: bool = False) -> dict[str, int]:
     """Bytes each direction moves through device memory, every address once; `stream` and `modulation` are bytes per element.
 
     The floor of 4 and 6 streams; the statistics; the modulation and its gradient; and the fp32 partials, written and read.
-    A bias, of the modulation's dtype, adds itself to both, and to the backward a fourth partial and fp32 sums.
+    A bias, of the modulation's dtype, adds itself to both, and to the backward a fourth partial and its fp32 sum.
     """
     splits, _ = backward_split(B, T, D)
     statistics = 8 * B * T
     extra = D * modulation if bias else 0
-    sums, bytes_of_sum = (4, 4) if bias else (3, modulation)
-    written = B * D * (2 * modulation + sums * bytes_of_sum)  # and the modulation read
+    sums = 4 if bias else 3
+    written = B * D * (5 * modulation + (4 if bias else 0))  # and the modulation read
     return {
         "forward": 4 * B * T * D * stream + statistics + 3 * B * D * modulation + extra,
         "backward": 6 * B * T * D * stream + statistics + written + extra + 2 * B * splits * sums * D * 4,
@@ -235,7 +235,7 @@ def _(
 def _backward_op(
     dr: Tensor | None, dm: Tensor, r: Tensor, y: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return backward(dr, dm, r, y, gate, scale, mean, rstd, run, bias)
 
 
@@ -243,7 +243,7 @@ def _backward_op(
 def _(
     dr: Tensor | None, dm: Tensor, r: Tensor, y: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return backward_outputs(r, gate, bias)
 
 
@@ -258,10 +258,8 @@ def _differentiate(ctx, dr: Tensor | None, dm: Tensor | None, _mean: None, _rstd
     r, y, gate, scale, bias, mean, rstd = ctx.saved_tensors  # read once: recomputed activations are handed out a single time
     dm = torch.zeros_like(r) if dm is None else dm.contiguous()  # autograd may hand over an expanded scalar
     dr = None if dr is None else dr.contiguous()
-    dx, dy, sums = _backward_op(dr, dm, r, y, gate, scale, mean, rstd, bias)
-    if bias is None:
-        return dx, dy, *sums.unbind(1), None
-    return dx, dy, *sums[:, :3].to(gate.dtype).unbind(1), sums[:, 3].sum(0).to(bias.dtype)
+    dx, dy, sums, dbias = _backward_op(dr, dm, r, y, gate, scale, mean, rstd, bias)
+    return dx, dy, *sums.unbind(1), None if bias is None else dbias.sum(0).to(bias.dtype)
 
 
 _op.register_autograd(_differentiate, setup_context=_save)

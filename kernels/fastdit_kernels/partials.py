@@ -24,7 +24,16 @@ def split_rows(samples: int, rows: int, programs: int, least: int) -> tuple[int,
 
 
 @triton.jit
-def sum_partials_kernel(p_partials, p_sums, S, N: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr):
+def sum_partials_kernel(
+    p_partials,  # [B, S, N] fp32
+    p_sums,  # [B, FIRST], of any float type
+    p_rest,  # [B, N - FIRST] fp32, or None where FIRST is N
+    S,
+    N: tl.constexpr,
+    FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     i_b, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_n = i_n * COLUMNS + tl.arange(0, COLUMNS)
     m_n = o_n < N
@@ -34,12 +43,21 @@ def sum_partials_kernel(p_partials, p_sums, S, N: tl.constexpr, COLUMNS: tl.cons
         for k in tl.static_range(UNROLL):
             b_sum += tl.load(p_partial + k * N, mask=m_n & (s + k < S), other=0.0)
         p_partial += UNROLL * N
-    tl.store(p_sums + i_b * N + o_n, b_sum.to(p_sums.dtype.element_ty), mask=m_n)
+    tl.store(p_sums + i_b * FIRST + o_n, b_sum.to(p_sums.dtype.element_ty), mask=o_n < FIRST)
+    if p_rest is not None:
+        tl.store(p_rest + i_b * (N - FIRST) + (o_n - FIRST), b_sum, mask=m_n & (o_n >= FIRST))
 
 
-def sum_partials(partials: Tensor, sums: Tensor, launch: Launch) -> None:
-    """Sum partials [B, S, N], fp32, over S in order, into sums [B, N] (or [B, k, N/k]) of any float dtype; both contiguous."""
+def sum_partials(partials: Tensor, sums: Tensor, launch: Launch, rest: Tensor | None = None) -> None:
+    """Sum partials [B, S, N], fp32, over S in order, into sums [B, N] (or [B, k, N/k]) of any float dtype; all contiguous.
+
+    rest: fp32 [B, n], for the last n columns; sums then has the others.
+    """
     B, S, N = partials.shape
     if partials.numel():
+        first = N if rest is None else N - rest.shape[1]
         grid = (B, triton.cdiv(N, COLUMNS))
-        launch(sum_partials_kernel, grid, 1, p_partials=partials, p_sums=sums, S=S, N=N, COLUMNS=COLUMNS, UNROLL=UNROLL)
+        launch(
+            sum_partials_kernel, grid, 1, p_partials=partials, p_sums=sums, p_rest=rest, S=S, N=N, FIRST=first, COLUMNS=COLUMNS,
+            UNROLL=UNROLL,
+        )  # fmt: skip
