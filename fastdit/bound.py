@@ -1,6 +1,7 @@
 """The term of DDPM's variational bound, which trains a variance that the network learns."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,11 +29,14 @@ class VariationalBound:
         self.max_log_variance = beta.log().float().to(device)
         self.error_in_mean = error_in_mean.float().to(device)
 
-    def __call__(self, x0: Tensor, error: Tensor, variance: Tensor, t: Tensor) -> Tensor:
+    def __call__(
+        self, x0: Tensor, error: Tensor, variance: Tensor, t: Tensor, mean: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """In bits per dimension [B]. error is prediction minus target [B, C, *size]; variance is the network's, -1 for the
         posterior's and 1 for beta.
 
-        The means of both distributions are affine in the prediction, so their distance follows from the error alone.
+        The means of both distributions are affine in the prediction, so their distance follows from the error alone. mean: of
+        each sample's positions, [B, C, *size] → [B], where it is not of all of them.
         """
         low, high = _per_image(self.min_log_variance[t], x0), _per_image(self.max_log_variance[t], x0)
         log_variance = low + (variance + 1) / 2 * (high - low)
@@ -46,7 +50,8 @@ class VariationalBound:
         outer = _normal_cdf(half + torch.where(x0 < 0, z, -z))
         likelihood = torch.where(x0.abs() > 0.999, outer, inside)
         nll = -likelihood.clamp(min=1e-12).log()
-        return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
+        mean = mean or (lambda values: values.flatten(1).mean(1))
+        return torch.where(t == 0, mean(nll), mean(kl)) / math.log(2)
 
 
 def _per_image(values: Tensor, x: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class ModelConfig:
     depth: int = 6  # number of blocks
     width: int = 192  # D, of the residual stream; a head has 64 of it
     conv_kernel: int = 3  # side of the depthwise convolution in the MLP: 3, 4 or 5, of a sequence also 7; 0: plain MLP
-    class_dropout: float = 0.0  # share of labels replaced by the null class, for classifier-free guidance
+    class_dropout: float = 0.0  # share of samples trained without class and condition, for classifier-free guidance
     qk_norm: bool = False  # RMS-normalise q and k per head
     input_size: Derived[tuple[int, ...]] = (32, 32)  # rows and columns the network sees: pixels, the VAE's latents; or a grid
     channels: Derived[int] = 3  # of the network's input

@@ -1,9 +1,10 @@
 """What the network is trained on: DDPM over diffusers' schedules, or rectified flow. One class for each, and what they share.
 
 The network is any callable model(x [B, C, *size] fp32, t [B] fp32, y [B] int64 or None) → [B, C, *size], or [B, 2C, *size]
-where it learns the variance; the size is that of a sequence, an image or a video: one to three numbers. t counts in training
-steps: 0 … timesteps - 1 under DDPM, 0 to timesteps under flow. Everything but the network is fp32, and every random number is a
-function of (seed, image number), so no result depends on how images are batched.
+where it learns the variance; condition= and length= go to it too where the data have them (given.py). The size is that of a
+sequence, an image or a video: one to three numbers. t counts in training steps: 0 … timesteps - 1 under DDPM, 0 to timesteps
+under flow. Everything but the network is fp32, and every random number is a function of (seed, image number), so no result
+depends on how images are batched.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from fastdit import consistency
 from fastdit.bound import VariationalBound
 from fastdit.config import Config, DiffusionConfig
 from fastdit.consistency import Jump
+from fastdit.embeddings import within
+from fastdit.given import Given
 from fastdit.runtime import rng
 
 Network = Callable[..., Tensor]
@@ -35,30 +38,37 @@ def schedule(config: DiffusionConfig) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Labels:
-    """What training does to the labels: some are dropped, and the network may learn to answer as if it were guided."""
+    """What training does to classes and conditions: some are dropped, and the network may learn to answer as if guided."""
 
     num_classes: int = 0
-    dropout: float = 0.0  # share of images whose label becomes the null class, num_classes (arXiv 2207.12598)
+    dropout: float = 0.0  # share of samples whose class becomes num_classes, and whose condition null (arXiv 2207.12598)
     guidance: float = 0.0  # w of model guidance (arXiv 2502.12154); costs a second forward in training, none in sampling
 
-    def drop(self, y: Tensor | None, seed: int, first: int) -> Tensor | None:
-        """The labels [B] of images first … first + B - 1 as the network gets them."""
-        if y is None or not self.dropout:
-            return y
-        u = rng.uniform((), seed, "class dropout", first, len(y), y.device)
-        return torch.where(u < self.dropout, self.num_classes, y)
+    def drop(self, given: Given, seed: int, first: int) -> Given:
+        """What is given of images first … first + B - 1 as the network gets it: class and condition are dropped together."""
+        there = given.y if given.y is not None else given.condition
+        if there is None or not self.dropout:
+            return given
+        u = rng.uniform((), seed, "class dropout", first, len(there), there.device)
+        y, condition, length = given
+        return Given(
+            y if y is None else torch.where(u < self.dropout, self.num_classes, y),
+            condition if condition is None else condition.masked_fill((u < self.dropout)[:, None], torch.nan),
+            length,
+        )
 
     @torch.no_grad()
-    def unlabelled(self, model: Network, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:
-        """What the network predicts for x_t [B, C, *size] without labels, fp32; None where model guidance is off."""
+    def unlabelled(self, model: Network, x_t: Tensor, t: Tensor, given: Given) -> Tensor | None:
+        """What the network predicts for x_t [B, C, *size] without classes and conditions, fp32; None: no model guidance."""
         if not self.guidance:
             return None
-        if y is None or not self.dropout:
-            raise ValueError("model guidance needs labels and a class_dropout above 0")
-        out = model(x_t, t.float(), torch.full_like(y, self.num_classes)).float()
+        if given.told(self.num_classes) is None or not self.dropout:
+            raise ValueError("model guidance needs labels or conditions, and a class_dropout above 0")
+        null = given.null(self.num_classes)
+        out = model(x_t, t.float(), null.y, **null.beside).float()
         return out[:, : x_t.shape[1]]
 
-    def guide(self, target: Tensor, labelled: Tensor, unlabelled: Tensor | None, y: Tensor | None) -> Tensor:
+    def guide(self, target: Tensor, labelled: Tensor, unlabelled: Tensor | None, given: Given) -> Tensor:
         """The target under model guidance: target + w·(labelled - unlabelled) for images that keep their label, no gradient.
 
         A network that has learnt it satisfies labelled = truth + w·(labelled - unlabelled), that is labelled = unlabelled +
@@ -66,9 +76,10 @@ class Labels:
         the network for the right-hand side. We take the network itself: the average is sharded, and to swap it in would cost
         as much as a step.
         """
-        if unlabelled is None or y is None:
+        told = given.told(self.num_classes)
+        if unlabelled is None or told is None:
             return target
-        w = _per_image((y != self.num_classes).float() * self.guidance, target)
+        w = _per_image(told.float() * self.guidance, target)
         return target + w * (labelled.detach() - unlabelled)
 
 
@@ -78,19 +89,19 @@ class Drawn(NamedTuple):
     x0: Tensor  # fp32 [B, C, *size]
     noise: Tensor  # fp32 [B, C, *size]
     t: Tensor  # [B], as the objective's `timesteps` returns it
-    y: Tensor | None  # int64 [B], some of them dropped
+    given: Given  # some of it dropped
     jump: Jump | None = None  # [n], of the images that learn jumps, where there are any
 
 
-def draw(objective: "Objective", x0: Tensor, y: Tensor | None, seed: int, first: int, jumps: bool = False) -> Drawn:
-    """What images first … first + B - 1 of the run are trained on; x0 [B, C, *size] holds them, y [B] their labels.
+def draw(objective: "Objective", x0: Tensor, given: Given | Tensor | None, seed: int, first: int, jumps: bool = False) -> Drawn:
+    """What images first … first + B - 1 of the run are trained on; x0 [B, C, *size] holds them, given their labels or more.
 
     jumps: whether some of them learn jumps, under flow. first and B are then multiples of consistency_every.
     """
     x0 = x0.float()
     noise = rng.normal(tuple(x0.shape[1:]), seed, "noise", first, len(x0), x0.device)
-    y = objective.labels.drop(y, seed, first)
-    drawn = Drawn(x0, noise, objective.timesteps(seed, first, len(x0)), y)
+    given = objective.labels.drop(Given.of(given), seed, first)
+    drawn = Drawn(x0, noise, objective.timesteps(seed, first, len(x0)), given)
     if not jumps:
         return drawn
     assert isinstance(objective, Flow)
@@ -98,17 +109,27 @@ def draw(objective: "Objective", x0: Tensor, y: Tensor | None, seed: int, first:
     return drawn._replace(t=objective.with_jumps(drawn.t, jump.start * objective.config.timesteps), jump=jump)
 
 
-def evaluate(model: Network, x_t: Tensor, t: Tensor, y: Tensor | None, channels: int, **given: Tensor) -> Tensor:
+def evaluate(model: Network, x_t: Tensor, t: Tensor, given: Given, channels: int, **jump: Tensor) -> Tensor:
     """The network's answer, fp32 [B, channels, *size]. Raises ValueError for another number of channels."""
-    out = model(x_t, t.float(), y, **given).float()
+    out = model(x_t, t.float(), given.y, **given.beside, **jump).float()
     if out.shape[1] != channels:
         raise ValueError(f"the network returned {out.shape[1]} channels; expected {channels}")
     return out
 
 
-def mean_square(error: Tensor) -> Tensor:
-    """[B, C, *size] → [B]"""
-    return error.square().flatten(1).mean(1)
+def mean_square(error: Tensor, length: Tensor | None = None) -> Tensor:
+    """[B, C, *size] → [B]: over the positions that are no padding."""
+    if length is None:
+        return error.square().flatten(1).mean(1)
+    return mean_within(torch.where(within(error, length), error, 0).square(), length)
+
+
+def mean_within(values: Tensor, length: Tensor | None) -> Tensor:
+    """The mean over each sample's positions that are no padding: [B, C, *size] → [B]."""
+    if length is None:
+        return values.flatten(1).mean(1)
+    inside = within(values, length)
+    return torch.where(inside, values, 0).flatten(1).sum(1) * (values.shape[2] / length) / values[0].numel()
 
 
 # --- the objectives ---
@@ -124,26 +145,26 @@ class Flow:
     def __init__(self, config: DiffusionConfig, labels: Labels | None = None, device: torch.device | str = "cpu"):
         self.config, self.labels, self.device = config, labels or Labels(), torch.device(device)
 
-    def loss(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
+    def loss(self, model: Network, x0: Tensor, given: Given | Tensor | None, seed: int, first: int) -> Tensor:
         """The mean of losses(), a scalar."""
-        return self.losses(model, x0, y, seed, first).mean()
+        return self.losses(model, x0, given, seed, first).mean()
 
-    def losses(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
-        """The loss of each image, fp32 [B]; x0 [B, C, *size] holds images first … first + B - 1 of the run, y their labels."""
-        return self.losses_of(model, draw(self, x0, y, seed, first))
+    def losses(self, model: Network, x0: Tensor, given: Given | Tensor | None, seed: int, first: int) -> Tensor:
+        """The loss of each image, fp32 [B]; x0 [B, C, *size] holds images first … first + B - 1 of the run."""
+        return self.losses_of(model, draw(self, x0, given, seed, first))
 
     def losses_of(self, model: Network, drawn: Drawn) -> Tensor:
         """The loss of each image of what was drawn, fp32 [B]."""
         if drawn.jump is not None:
             return self._losses_with_jumps(model, drawn, drawn.jump)
-        x0, noise, t, y, _ = drawn
+        x0, noise, t, given, _ = drawn
         x_t, target = self.corrupt(x0, noise, t)
-        unlabelled = self.labels.unlabelled(model, x_t, t, y)  # before the forward that keeps activations
-        prediction = evaluate(model, x_t, t, y, x0.shape[1])
-        return self._weighted(prediction - self.labels.guide(target, prediction, unlabelled, y), t)
+        unlabelled = self.labels.unlabelled(model, x_t, t, given)  # before the forward that keeps activations
+        prediction = evaluate(model, x_t, t, given, x0.shape[1])
+        return self._weighted(prediction - self.labels.guide(target, prediction, unlabelled, given), t, given.length)
 
-    def _weighted(self, error: Tensor, t: Tensor) -> Tensor:
-        loss = mean_square(error)
+    def _weighted(self, error: Tensor, t: Tensor, length: Tensor | None) -> Tensor:
+        loss = mean_square(error, length)
         if self.config.prediction == "x0":
             loss = loss / (t / self.config.timesteps).clamp(min=self.config.flow_clamp).square()
         return loss
@@ -154,11 +175,12 @@ class Flow:
         A jump's loss is that of its velocity times its length: where x0 is predicted, jumps of all lengths then count about
         alike, while the velocity's own is large near the data. Its target has the guidance that the network has learnt.
         """
-        x0, noise, t, y, _ = drawn
+        x0, noise, t, given, _ = drawn
         every, timesteps, channels = self.config.consistency_every, self.config.timesteps, x0.shape[1]
         x_t, target = self.corrupt(x0, noise, t)
         (x, from_x), (start, _), (truth, _) = (consistency.split(whole, every) for whole in (x_t, t, target))
-        label, of_jump = (None, None) if y is None else consistency.split(y, every)
+        plainly = given.each(lambda part: consistency.split(part, every)[0])
+        of_jump = given.each(lambda part: consistency.split(part, every)[1])
 
         def as_velocity(out: Tensor, x: Tensor, share: Tensor) -> Tensor:
             return (x - out) / _per_image(share, x) if self.config.prediction == "x0" else out
@@ -168,13 +190,13 @@ class Flow:
             return as_velocity(out, x, share)
 
         with torch.no_grad():
-            unlabelled = self.labels.unlabelled(model, x, start, label)
+            unlabelled = self.labels.unlabelled(model, x, start, plainly)
             goal = consistency.mean_velocity(velocity, from_x, jump)
         length = jump.start - jump.end
-        given = self.with_jumps(torch.zeros_like(t), length * timesteps)
-        out, of_jumps = consistency.split(evaluate(model, x_t, t, y, channels, jump=given), every)
-        plain = self._weighted(out - self.labels.guide(truth, out, unlabelled, label), start)
-        jumping = length * mean_square(as_velocity(of_jumps, from_x, jump.start) - goal)
+        lengths = self.with_jumps(torch.zeros_like(t), length * timesteps)
+        out, of_jumps = consistency.split(evaluate(model, x_t, t, given, channels, jump=lengths), every)
+        plain = self._weighted(out - self.labels.guide(truth, out, unlabelled, plainly), start, plainly.length)
+        jumping = length * mean_square(as_velocity(of_jumps, from_x, jump.start) - goal, of_jump.length)
         return consistency.join(plain, jumping, every)
 
     def jumps(self, seed: int, first: int, count: int) -> Jump:
@@ -222,26 +244,27 @@ class DDPM:
         self.noise_level = ((1 - alphas_cumprod) ** 0.5).to(self.device)
         self.bound = VariationalBound(config, betas.double(), self.device) if learn_sigma else None
 
-    def loss(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
+    def loss(self, model: Network, x0: Tensor, given: Given | Tensor | None, seed: int, first: int) -> Tensor:
         """The mean of losses(), a scalar."""
-        return self.losses(model, x0, y, seed, first).mean()
+        return self.losses(model, x0, given, seed, first).mean()
 
-    def losses(self, model: Network, x0: Tensor, y: Tensor | None, seed: int, first: int) -> Tensor:
-        """The loss of each image, fp32 [B]; x0 [B, C, *size] holds images first … first + B - 1 of the run, y their labels."""
-        return self.losses_of(model, draw(self, x0, y, seed, first))
+    def losses(self, model: Network, x0: Tensor, given: Given | Tensor | None, seed: int, first: int) -> Tensor:
+        """The loss of each image, fp32 [B]; x0 [B, C, *size] holds images first … first + B - 1 of the run."""
+        return self.losses_of(model, draw(self, x0, given, seed, first))
 
     def losses_of(self, model: Network, drawn: Drawn) -> Tensor:
         """The loss of each image of what was drawn, fp32 [B]."""
-        x0, noise, t, y, _ = drawn
+        x0, noise, t, given, _ = drawn
         x_t, target = self.corrupt(x0, noise, t)
-        unlabelled = self.labels.unlabelled(model, x_t, t, y)  # before the forward that keeps activations
-        out = evaluate(model, x_t, t, y, x0.shape[1] * (2 if self.bound else 1))
+        unlabelled = self.labels.unlabelled(model, x_t, t, given)  # before the forward that keeps activations
+        out = evaluate(model, x_t, t, given, x0.shape[1] * (2 if self.bound else 1))
         prediction, *variance = out.chunk(2, dim=1) if self.bound else (out,)
-        error = prediction - self.labels.guide(target, prediction, unlabelled, y)
-        loss = mean_square(error)
+        error = prediction - self.labels.guide(target, prediction, unlabelled, given)
+        loss = mean_square(error, given.length)
         if self.bound is not None:
             # L_simple + L_vlb / 1000. L_vlb is a sum over all timesteps, and t is one of them at random.
-            loss = loss + self.bound(x0, error.detach(), variance[0], t) * (self.config.timesteps / 1000)
+            bound = self.bound(x0, error.detach(), variance[0], t, lambda values: mean_within(values, given.length))
+            loss = loss + bound * (self.config.timesteps / 1000)
         return loss
 
     def timesteps(self, seed: int, first: int, count: int) -> Tensor:

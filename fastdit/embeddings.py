@@ -7,9 +7,9 @@ import math
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastdit.config import ModelConfig
+from fastdit.config import ModelConfig, UserError, times
 
 FREQUENCIES = 256  # sinusoids that embed the timestep
 
@@ -31,6 +31,35 @@ def unpatchify(tokens: Tensor, config: ModelConfig) -> Tensor:
     x = tokens.view(len(tokens), *grid, *patches, -1)
     x = x.permute(0, 2 * n + 1, *(axis for i in range(1, n + 1) for axis in (i, i + n)))  # [B, C, rows, p, columns, p]
     return x.reshape(*x.shape[:2], *config.input_size)
+
+
+def within(x: Tensor, length: Tensor) -> Tensor:
+    """Which positions of x [B, C, *size] are no padding: bool [B, 1, size[0], 1, …]. length [B] counts along the first axis."""
+    places = torch.arange(x.shape[2], device=x.device)
+    return (places < length[:, None]).view(len(x), 1, -1, *[1] * (x.ndim - 3))
+
+
+def valid_tokens(length: Tensor, config: ModelConfig) -> Tensor:
+    """Which tokens hold a position that is no padding, bool [B, T]."""
+    row = torch.arange(config.num_tokens, device=length.device) // (config.num_tokens // config.grid[0])
+    return row * config.patches[0] < length[:, None]
+
+
+class ConditionEmbedder(nn.Linear):
+    """Vectors [B, K] → [B, D]. With `null`, a row of NaN is the null condition, whose embedding is learned."""
+
+    def __init__(self, K: int, D: int, null: bool):
+        super().__init__(K, D)
+        self.null = nn.Parameter(torch.empty(D)) if null else None
+
+    def forward(self, condition: Tensor | None) -> Tensor:
+        if condition is None or condition.ndim != 2 or condition.shape[1] != self.in_features:
+            given = "no condition" if condition is None else f"a condition of {times(tuple(condition.shape))}"
+            raise UserError(f"{given}; this model takes {self.in_features} numbers a sample, [B, {self.in_features}]")
+        if self.null is None:
+            return super().forward(condition.to(self.weight.dtype))
+        null = condition.isnan().any(1, keepdim=True)
+        return torch.where(null, self.null, super().forward(condition.masked_fill(null, 0).to(self.weight.dtype)))
 
 
 def num_frequencies(config: ModelConfig) -> int:

@@ -67,6 +67,8 @@ def export(options: Options) -> Path:
         raise UserError(f"--license is {options.license!r}; give the hub's name for it: mit, apache-2.0, cc-by-4.0 …")
     if options.format == "release" and trained.images_seen is None:
         raise UserError(f"{options.source} is no run; a release has the curves of one")
+    if options.format in ("diffusers", "pipeline") and trained.config.data.kind == "arrays":
+        raise UserError(f"--format {options.format} makes pictures, and this model makes arrays; --format fastdit takes it")
     out = Path(options.out) if options.out else trained.run / f"export-{options.format}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another --out")
@@ -81,6 +83,8 @@ def export(options: Options) -> Path:
         metadata = {"converted_from": trained.converted_from} if trained.converted_from else None
         folder.save_folder(out, {name: p.detach() for name, p in model.named_parameters()}, trained.config, metadata)
     classes.write(out, trained.class_names)
+    if trained.normaliser is not None:
+        trained.normaliser.write(out)
     if options.format == "release":
         save_curve(trained, out)
     count = sum(p.numel() for p in model.parameters())
@@ -111,7 +115,8 @@ def find(source: str, weights: str) -> Trained:
         if weights == "live":
             raise UserError(f"{source} holds one set of weights; --weights live needs a run")
         tensors, metadata = load_weights(found.weights)
-        return Trained(found.config, tensors, found.home, None, found.class_names, metadata.get("converted_from", ""))
+        origin = metadata.get("converted_from", "")
+        return Trained(found.config, tensors, found.home, None, found.class_names, origin, normaliser=found.normaliser)
     checkpoint = found.weights.parent
     try:
         sums = read_sums(checkpoint, FILES)
@@ -122,7 +127,15 @@ def find(source: str, weights: str) -> Trained:
         tensors = live(checkpoint / SHARDS) if weights == "live" else load_weights(checkpoint / WEIGHTS)[0]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"checkpoint {checkpoint}: {error}") from None
-    return Trained(found.config, tensors, found.home, found.images_seen, found.class_names, latents_by=found.latents_by)
+    return Trained(
+        found.config,
+        tensors,
+        found.home,
+        found.images_seen,
+        found.class_names,
+        latents_by=found.latents_by,
+        normaliser=found.normaliser,
+    )
 
 
 def live(shards: Path) -> dict[str, Tensor]:

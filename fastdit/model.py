@@ -6,11 +6,11 @@ Every op a kernel can replace comes in through `Ops`; the module tree and its pa
 """
 
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from fastdit_kernels import Ops
-from fastdit_kernels.attention import choose_attention
+from fastdit_kernels.attention import QKV, choose_attention, masked
 from fastdit_kernels.cpu import CPU
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor, nn
@@ -18,10 +18,21 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastdit.config import Config, ModelConfig, UserError
-from fastdit.embeddings import num_frequencies, patchify, position_embedding, timestep_embedding, unpatchify
+from fastdit.embeddings import (
+    ConditionEmbedder,
+    num_frequencies,
+    patchify,
+    position_embedding,
+    timestep_embedding,
+    unpatchify,
+    valid_tokens,
+    within,
+)
 from fastdit.runtime.hardware import compute_dtype
 from fastdit.runtime.rng import generator
 from fastdit.runtime.sharding import fill
+
+OFF = -1e4  # GELU of it is 0 to the last bit that any sum of activations keeps; fp16 holds it
 
 
 class Attention(nn.Module):
@@ -36,13 +47,15 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(D // self.num_heads, eps=1e-6) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(D // self.num_heads, eps=1e-6) if config.qk_norm else None
 
-    def forward(self, m: Tensor) -> Tensor:
+    def forward(self, m: Tensor, valid: Tensor | None = None) -> Tensor:
         B, T, _ = m.shape
-        qkv = self.qkv(m).view(B, T, 3, self.num_heads, -1)  # [B, T, 3, H, K]
+        qkv: QKV = self.qkv(m).view(B, T, 3, self.num_heads, -1)  # [B, T, 3, H, K]
         if self.q_norm is not None and self.k_norm is not None:
+            assert isinstance(qkv, Tensor)
             q, k, v = qkv.unbind(2)
-            return F.linear(self.attention((self.q_norm(q), self.k_norm(k), v)), self.proj.weight)
-        return F.linear(self.attention(qkv), self.proj.weight)
+            qkv = self.q_norm(q), self.k_norm(k), v
+        out = self.attention(qkv) if valid is None else masked(qkv, valid)
+        return F.linear(out, self.proj.weight)
 
 
 class DepthwiseMLP(nn.Module):
@@ -58,9 +71,11 @@ class DepthwiseMLP(nn.Module):
         self.conv = of_grid(F_, F_, K, groups=F_)  # holds the parameters; the op computes
         self.fc2 = nn.Linear(F_, D)
 
-    def forward(self, m: Tensor) -> Tensor:
+    def forward(self, m: Tensor, valid: Tensor | None = None) -> Tensor:
         assert self.conv.bias is not None
         h = F.linear(m, self.fc1.weight)  # [B, T, F]
+        if valid is not None:  # the convolution then sees beyond a sequence's end what it sees beyond the grid
+            h = h.masked_fill(~valid.unsqueeze(2), OFF)
         z = self.gelu_dwconv(h, self.fc1.bias, self.conv.weight, self.conv.bias, *self.grid)
         return F.linear(z, self.fc2.weight)
 
@@ -74,7 +89,7 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(D, F_)
         self.fc2 = nn.Linear(F_, D)
 
-    def forward(self, m: Tensor) -> Tensor:
+    def forward(self, m: Tensor, valid: Tensor | None = None) -> Tensor:
         return F.linear(F.gelu(self.fc1(m), approximate="tanh"), self.fc2.weight)
 
 
@@ -92,23 +107,23 @@ class Block(nn.Module):
         self.attn = Attention(config, ops)
         self.mlp = DepthwiseMLP(config, ops) if config.conv_kernel else MLP(config)
 
-    def forward(self, x: Tensor, m: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, m: Tensor, modulation: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], and m [B, T, D], which is x normed and modulated for attention. Returns both for the next block.
 
         modulation [B, 6, D]: attention's gate; the MLP's shift, scale and gate; shift and scale of the norm that follows, the
-        next block's or the final layer's.
+        next block's or the final layer's. valid: bool [B, T], the tokens that are no padding; None: all.
         """
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, x, m, modulation, use_reentrant=False)
-        return self._run(x, m, modulation)
+            return checkpoint(self._run, x, m, modulation, valid, use_reentrant=False)
+        return self._run(x, m, modulation, valid)
 
-    def _run(self, x: Tensor, m: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, x: Tensor, m: Tensor, modulation: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         gate_msa, shift_mlp, scale_mlp, gate_mlp, shift_next, scale_next = modulation.unbind(1)
         dtype = modulation.dtype  # what attention and MLP compute in; x may be kept wider; where it is not, no `to` copies
         # The last matrices' biases go to the op that adds y: its backward holds the sum that is their gradient.
-        y = self.attn(m.to(dtype)).to(x.dtype)
+        y = self.attn(m.to(dtype), valid).to(x.dtype)
         x, m = self.ops.gate_residual_ln_modulate(x, y, gate_msa, shift_mlp, scale_mlp, self.attn.proj.bias)
-        y = self.mlp(m.to(dtype)).to(x.dtype)
+        y = self.mlp(m.to(dtype), valid).to(x.dtype)
         return self.ops.gate_residual_ln_modulate(x, y, gate_mlp, shift_next, scale_next, self.mlp.fc2.bias)
 
 
@@ -131,6 +146,7 @@ class DiT(nn.Module):
         self.config, self.ops = config, ops
         self.run: Config | None = None  # of the run that trained it, where it was loaded
         self.class_names: list[str] = []  # as that run knew them
+        self.normaliser: Any = None  # data.normaliser.Normaliser of a model of arrays, where it was loaded
         D, L = config.width, config.depth
         self.x_embedder = nn.Linear(config.channels * config.patch_size, D)
         self.pos_embed = nn.Parameter(torch.empty(config.num_tokens, D), requires_grad=config.position == "learned")
@@ -141,6 +157,7 @@ class DiT(nn.Module):
             self.jump_embedder = nn.Sequential(nn.Linear(num_frequencies(config), D), nn.SiLU(), nn.Linear(D, D))
         num_rows = config.num_classes + (config.class_dropout > 0)  # the last row is the null class
         self.y_embedder = nn.Embedding(num_rows, D) if config.num_classes else None
+        self.c_embedder = ConditionEmbedder(config.condition, D, config.class_dropout > 0) if config.condition else None
         # One projection makes every block's six vectors and the final layer's two: they all read the same SiLU(c).
         self.adaLN_modulation = nn.Linear(D, (6 * L + 2) * D)
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(L))
@@ -150,10 +167,11 @@ class DiT(nn.Module):
     def from_pretrained(cls, *_: object, **__: object) -> NoReturn:
         raise AttributeError("fastdit.load(source) loads a DiT: from a run's folder, a checkpoint, an export or a hub id")
 
-    def condition(self, t: Tensor, y: Tensor | None, jump: Tensor | None = None) -> Tensor:
+    def condition(self, t: Tensor, y: Tensor | None, jump: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """The modulation of all blocks, [B, 6·L + 2, D], from timesteps t [B] and labels y [B] (None: unconditional).
 
         jump: the length of the step that follows [B], in timesteps, for a network that knows jumps; None: 0, plain flow.
+        condition [B, K], normalised, for a model that has one: a row of NaN is the null condition.
         """
         dtype, whose = self.x_embedder.weight.dtype, self.config.time_embedding
         t = t / 1000 if whose == "sit" else t
@@ -167,6 +185,8 @@ class DiT(nn.Module):
         if self.y_embedder is not None:
             assert y is not None, "a class-conditional model needs labels"
             c = c + self.y_embedder(y)
+        if self.c_embedder is not None:
+            c = c + self.c_embedder(condition)
         return self.adaLN_modulation(F.silu(c)).view(len(c), -1, self.config.width)
 
     def forward(
@@ -176,24 +196,31 @@ class DiT(nn.Module):
         y: Tensor | None = None,
         modulation: Tensor | None = None,
         jump: Tensor | None = None,
+        condition: Tensor | None = None,
+        length: Tensor | None = None,
     ) -> Tensor:
         """Predict noise (or v, x0, velocity) from x [B, C, *input_size] at t [B], 0 … timesteps, for labels y [B].
 
         Returns fp32 [B, C, *input_size], or 2·C channels with learn_sigma: the prediction, then the variance.
         modulation: `condition(t, y, jump)` computed before, where they repeat across calls, as they do in sampling.
         jump: as `condition` takes it. The prediction is then of the whole step from t to t - jump.
+        condition: as `condition` takes it. length [B]: positions along the input's first axis that are no padding. What x
+        holds beyond them changes nothing within them, and what is returned there means nothing.
         """
+        valid = None
+        if length is not None:
+            x, valid = torch.where(within(x, length), x, 0), valid_tokens(length, self.config)
         patches = patchify(x, self.config).to(self.x_embedder.weight.dtype)
         h = self.x_embedder(patches) + self.pos_embed
         if modulation is None:
             # After the patches, so that in the backward the modulation's gradient is whole, and on its way, before theirs.
             # Not self.condition: FSDP hooks that one, and hooks within hooks would free the weights and gather them twice.
-            modulation = DiT.condition(self, t, y, jump)
+            modulation = DiT.condition(self, t, y, jump, condition)
         # Two rows for the first norm. Then six a block, of which the last two are for the norm that follows.
         first, *per_block = modulation.split([2] + [6] * self.config.depth, dim=1)
         m = self.ops.ln_modulate(h, *first.unbind(1))
         for block, vectors in zip(self.blocks, per_block, strict=True):
-            h, m = block(h, m, vectors)
+            h, m = block(h, m, vectors) if valid is None else block(h, m, vectors, valid)
         out = self.final_layer(m.to(modulation.dtype)).float()
         return unpatchify(out, self.config)
 
@@ -227,7 +254,7 @@ class DiT(nn.Module):
             return nn.init.uniform_(value, -bound, bound, generator=rng)
         if name.startswith(("adaLN_modulation", "final_layer", "jump_embedder.2")) or name.endswith("bias"):
             return value
-        if name.startswith(("t_embedder", "y_embedder", "jump_embedder")):
+        if name.startswith(("t_embedder", "y_embedder", "c_embedder.null", "jump_embedder")):
             return nn.init.normal_(value, std=0.02, generator=rng)
         return nn.init.xavier_uniform_(value, generator=rng)
 

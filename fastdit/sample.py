@@ -24,6 +24,8 @@ from torch import Tensor
 from fastdit import command, pictures, sampling
 from fastdit.config import Config, UserError, plain
 from fastdit.data import classes, encoding, vae
+from fastdit.data.arrays import read_conditions
+from fastdit.given import Given, asked
 from fastdit.model import DiT
 from fastdit.planning import memory as footprint
 from fastdit.runtime import ranks
@@ -44,6 +46,8 @@ class Options:
     seed: int = 0  # picture n of a seed is always the same
     ema: float | None = None  # length of the averaged weights, a share of the run, after --train.ema posthoc; e.g. 0.07
     label: str | None = None  # class of all pictures, by name or number; without it each class in turn
+    condition: str | None = None  # .npy or .safetensors of conditions [n, K] in physical units, one a sample or one for all
+    length: int | None = None  # of all samples, along the first axis of their grid; by default all of it
     sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler"] | None = None  # instead of the run's own
     steps: int | None = None  # network evaluations per picture, instead of the run's own
     guidance: float | None = None  # classifier-free guidance scale, instead of the run's own; 1 is off
@@ -70,8 +74,11 @@ def sample(options: Options) -> None:
     config = source.config
     names = source.class_names or class_names(config)
     label = None if options.label is None else classes.number(str(options.label), names, config.model.num_classes)
+    y = sampling.labels(config, options.first, options.num_images, label)
+    conditions = None if options.condition is None else read_conditions(Path(options.condition))
+    given = asked(config.model, options.num_images, y, conditions, options.length)
     if options.latency:
-        print(latency(Sampler(source, options.compile), label))
+        print(latency(Sampler(source, options.compile), label, given=given))
         return
 
     world = ranks.init(config.parallel)
@@ -83,6 +90,7 @@ def sample(options: Options) -> None:
     if options.compile:
         sampling.compiled(model, world.device)
     autoencoder = ranks.every(world, lambda: vae.of(config, world.device, source.latents_by))
+    decoder = autoencoder or source.normaliser
     share = -(-options.num_images // world.size)
     mine = range(options.first + world.rank * share, options.first + min((world.rank + 1) * share, options.num_images))
     starts = range(mine.start, mine.stop, options.batch)
@@ -91,20 +99,21 @@ def sample(options: Options) -> None:
         sampling.make(
             model,
             config,
-            autoencoder,
+            decoder,
             world,
             first=start,
             count=min(options.batch, mine.stop - start),
             seed=options.seed,
-            label=label,
+            given=given.some(start - options.first, min(options.batch, mine.stop - start)),
         )
         for start in track(starts, "sampling", console=console, disable=not console.is_terminal)
     ]
-    images = torch.cat([part for parts in ranks.gather(world, parts) for part in parts])
+    made = torch.cat([part for parts in ranks.gather(world, parts) for part in parts])
     out = Path(options.out) if options.out else source.home / "pictures"
-    grid = ranks.once(world, lambda: write(images, out, config, options, label, names))
+    file = ranks.once(world, lambda: write(made, out, config, options, label, names, given))
     ranks.shutdown()
-    console.print(plain(f"{len(images)} pictures of {weights}: {grid}", 4000), markup=False, highlight=False, soft_wrap=True)
+    what = "samples" if config.data.kind == "arrays" else "pictures"
+    console.print(plain(f"{len(made)} {what} of {weights}: {file}", 4000), markup=False, highlight=False, soft_wrap=True)
 
 
 def open_source(options: Options) -> Located:
@@ -125,8 +134,10 @@ def class_names(config: Config) -> list[str]:
     return encoding.class_names(config.data) if config.model.num_classes else []
 
 
-def write(images: Tensor, out: Path, config: Config, options: Options, label: int | None, names: Sequence[str]) -> Path:
-    """The grid, and each picture where asked for, under names that say how they were made. Returns the grid's path."""
+def write(
+    images: Tensor, out: Path, config: Config, options: Options, label: int | None, names: Sequence[str], given: Given
+) -> Path:
+    """The grid, and each picture where asked for, or the arrays, under names that say how they were made. Returns the file."""
     s = config.sample
     how = f"seed{options.seed}-{s.sampler}-{s.steps}steps"
     if s.guidance != 1:
@@ -136,12 +147,13 @@ def write(images: Tensor, out: Path, config: Config, options: Options, label: in
     how += f"-class{label}" if label is not None else ""
     last = options.first + len(images) - 1
     grid = out / f"{how}-{options.first}to{last}.png"
-    y = sampling.labels(config, options.first, len(images), label)
-    pictures.save_grid(images, grid, classes.captions(names, None if y is None else y.tolist()))
-    if options.singles:
+    captions = classes.captions(names, None if given.y is None else given.y.tolist())
+    beside = given.beside | ({} if given.y is None else {"label": given.y})
+    file = pictures.save(images, grid, captions, beside)
+    if options.singles and images.dtype == torch.uint8:
         for number, image in enumerate(images, options.first):
             pictures.save_png(image, out / how / f"{number:06d}.png")
-    return grid
+    return file
 
 
 # --- from Python ---
@@ -162,6 +174,8 @@ def make_pictures(
     num: int = 4,
     *,
     label: int | str | None = None,
+    condition: Any = None,
+    length: Any = None,
     steps: int | None = None,
     seed: int = 0,
     first: int = 0,
@@ -172,7 +186,9 @@ def make_pictures(
     """Pictures first … first + num - 1 of a seed, uint8 [num, 3, rows, columns] (1 channel if all are grey), on the CPU.
 
     The same pictures as sample.py makes. model: of `fastdit.load`. label: a class by number or name; None: each in turn. None
-    elsewhere: as the run's config says. Raises UserError, a ValueError, for what the model cannot do.
+    elsewhere: as the run's config says. Of a model of arrays: fp32 [num, C, *size] in physical units; condition [num, K] or
+    [K] in physical units too; length [num] or one number, beyond which samples are 0. Raises UserError, a ValueError, for what
+    the model cannot do.
     """
     if model.run is None:
         raise UserError("the model does not say how it was trained: sample one that fastdit.load(source) returns")
@@ -181,12 +197,13 @@ def make_pictures(
         raise UserError(f"num is {num}, batch {batch} and first {first}; there must be a picture to make")
     number = None if label is None else classes.number(str(label), model.class_names, config.model.num_classes)
     device = model.x_embedder.weight.device
-    decoder = _decoder(model.run, device)
+    decoder = _decoder(model.run, device) or model.normaliser
+    given = asked(config.model, num, sampling.labels(config, first, num, number), condition, length)
     world = World(0, 1, 0, 1, device)
-    parts = [
-        sampling.make(model, config, decoder, world, first=n, count=min(batch, first + num - n), seed=seed, label=number)
-        for n in range(first, first + num, batch)
-    ]
+    parts = []
+    for n in range(0, num, batch):
+        part, count = given.some(n, batch), min(batch, num - n)
+        parts.append(sampling.make(model, config, decoder, world, first=first + n, count=count, seed=seed, given=part))
     return torch.cat(parts)
 
 
@@ -210,9 +227,10 @@ class Sampler:
         self.model = load_model(source.weights, source.config, self.world)
         if compile:
             sampling.compiled(self.model, device)
-        self.vae = vae.of(source.config, device, source.latents_by)
+        self.decoder = vae.of(source.config, device, source.latents_by) or source.normaliser
         self.modulations: dict[int | None, sampling.Modulations] = {}  # of each class asked for
-        self(0 if source.config.model.num_classes else None)
+        m = source.config.model
+        self(0 if m.num_classes else None, condition=torch.zeros(m.condition) if m.condition else None)
 
     @classmethod
     def load(cls, source: str | Path, steps: int | None = None, **options: bool | str) -> "Sampler":
@@ -221,27 +239,43 @@ class Sampler:
         return cls(open_source(given), given.compile)
 
     @torch.inference_mode()
-    def __call__(self, label: int | None = None, seed: int = 0, number: int = 0) -> Tensor:
+    def __call__(
+        self,
+        label: int | None = None,
+        seed: int = 0,
+        number: int = 0,
+        *,
+        condition: Any = None,
+        length: int | None = None,
+    ) -> Tensor:
         """Picture `number` of a seed, fp32 [C, rows, columns] of about [-1, 1] on the device; by default always the same noise.
 
-        label: the class, for a model that has classes.
+        label: the class, for a model that has classes. condition: K numbers, for one that has a condition. Of a model of arrays
+        both that and the sample [C, *size] are in physical units. Raises UserError for a condition of another width.
         """
-        y = sampling.labels(self.config, number, 1, label)
-        key = None if y is None else int(y)
-        if key not in self.modulations:
-            if len(self.modulations) >= CLASSES_KEPT:
-                del self.modulations[next(iter(self.modulations))]
-            self.modulations[key] = sampling.ahead(self.model, self.config, y, 1, self.world.device)
-        x0 = sampling.x0_of(self.model, self.config, y, self.modulations[key], number, 1, seed)
-        return (x0 if self.vae is None else self.vae.decode(x0))[0]
+        m = self.config.model
+        given = asked(m, 1, sampling.labels(self.config, number, 1, label), condition, length)
+        given = sampling.prepared(given, self.config, self.decoder, 1)
+        key = None if given.y is None else int(given.y)
+        if m.condition:
+            modulations = sampling.ahead(self.model, self.config, given, 1, self.world.device)
+        else:
+            if key not in self.modulations:
+                if len(self.modulations) >= CLASSES_KEPT:
+                    del self.modulations[next(iter(self.modulations))]
+                self.modulations[key] = sampling.ahead(self.model, self.config, given, 1, self.world.device)
+            modulations = self.modulations[key]
+        x0 = sampling.x0_of(self.model, self.config, given, modulations, number, 1, seed)
+        return sampling.decoded(x0, given, self.decoder)[0]
 
 
-def latency(sampler: Sampler, label: int | None, calls: int = LATENCY_CALLS) -> str:
-    """Time calls of a warm sampler, each with noise of its own: one line of figures."""
+def latency(sampler: Sampler, label: int | None, calls: int = LATENCY_CALLS, given: Given | None = None) -> str:
+    """Time calls of a warm sampler, each with noise of its own: one line of figures. given: a condition for all calls."""
+    condition = None if given is None or given.condition is None else given.condition[0]
     seconds = []
     for number in range(calls):
         start = perf_counter()
-        sampler(label, number=number)
+        sampler(label, number=number, condition=condition)
         if sampler.world.device.type == "cuda":
             torch.cuda.synchronize(sampler.world.device)
         seconds.append(perf_counter() - start)

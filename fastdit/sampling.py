@@ -1,6 +1,5 @@
 """From a trained network to pictures: sample and decode. Picture n of a seed is the same on any number of ranks."""
 
-import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +9,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from fastdit.config import Config, DiffusionConfig
+from fastdit.data.normaliser import Normaliser
 from fastdit.data.vae import VAE
 from fastdit.diffusion import schedule
+from fastdit.embeddings import within
+from fastdit.given import Given, check
 from fastdit.model import DiT
+from fastdit.modulations import Modulations, jump_lengths
 from fastdit.runtime import rng
 from fastdit.runtime.ranks import World
 
@@ -20,9 +23,6 @@ from fastdit.runtime.ranks import World
 # epsilon is 20,000 times as large in x0, and a network good to 2 % ruins an unclipped sample. At -4.5 it is 90 times as large,
 # and the signal that pure noise stands in for is 1.1 % of x0's amplitude (at the linear schedule's own end it is 0.6 %).
 START_LOG_SNR = -4.5
-
-FEW = 8  # steps of a schedule that a network which has learnt jumps takes as jumps
-MODULATION_BYTES = 256 << 20  # of modulation computed at once
 
 
 def compiled(model: DiT, device: torch.device) -> DiT:
@@ -46,75 +46,61 @@ def labels(config: Config, first: int, count: int, label: int | None = None) -> 
     return numbers % config.model.num_classes if label is None else torch.full_like(numbers, label)
 
 
-class Modulations:
-    """The modulation of a schedule of sampling times, looked up by time; for labels y [B] on the CPU, None: no classes.
-
-    Modulation depends on the time and the class alone. So one product computes it for many steps and for each class that
-    occurs, and reads the projection's weights once; at batch 1 they are a third of the weights that each step would read again.
-    """
-
-    def __init__(self, model: DiT, times: list[float], y: Tensor | None, batch: int, device: torch.device):
-        self.model, self.times, self.device = model, times, device
-        self.lengths = jump_lengths(times, model.config.jumps)
-        self.classes: Tensor | None = None
-        row = torch.zeros(batch, dtype=torch.int64)
-        if y is not None:
-            self.classes, row = y.unique(return_inverse=True)
-        self.num_classes = 1 if self.classes is None else len(self.classes)
-        self.row = row.to(device)
-        self.together = max(1, MODULATION_BYTES // (self.num_classes * model.adaLN_modulation.out_features * 4))
-        self.known: dict[float, Tensor] = {}  # time → [num_classes, 6·L + 2, D]
-
-    def at(self, time: float) -> Tensor:
-        """[B, 6·L + 2, D]. A time outside the schedule is computed on its own."""
-        if time not in self.known:
-            i = self.times.index(time) if time in self.times else None
-            self._compute([time] if i is None else self.times[i : i + self.together])
-        return self.known[time].index_select(0, self.row)
-
-    def _compute(self, times: list[float]) -> None:
-        t = torch.tensor(times, device=self.device).repeat_interleave(self.num_classes)
-        y = None if self.classes is None else self.classes.to(self.device).repeat(len(times))
-        lengths = [self.lengths.get(time, 0.0) for time in times]
-        jump = torch.tensor(lengths, device=self.device).repeat_interleave(self.num_classes)
-        modulation = self.model.condition(t, y, jump).view(len(times), self.num_classes, -1, self.model.config.width)
-        self.known = dict(zip(times, modulation, strict=True))
-
-
 def make(
     model: DiT,
     config: Config,
-    vae: VAE | None,
+    decoder: VAE | Normaliser | None,
     world: World,
     *,
     first: int,
     count: int,
     seed: int,
     label: int | None = None,
+    given: Given | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Pictures first … first + count - 1, uint8 [count, C, rows, columns] on the CPU, in config.sample.steps forwards."""
+    """Pictures first … first + count - 1, uint8 [count, C, rows, columns] on the CPU, in config.sample.steps forwards.
+
+    Of a model of arrays: fp32 [count, C, *size] in the normaliser's physical units, 0 beyond each length. given: classes,
+    conditions in physical units and lengths of these samples, instead of label. Raises UserError where they do not fit.
+    """
     # What FSDP gathers it keeps for training, which cannot use what was made in inference mode.
     with torch.no_grad() if isinstance(model, FSDPModule) else torch.inference_mode():
-        y = labels(config, first, count, label)
-        modulations = ahead(model, config, y, count, world.device)
-        x0 = x0_of(model, config, y, modulations, first, count, seed, on_step)
-        images = to_uint8(x0 if vae is None else vae.decode(x0))
-    return images.clone()  # an ordinary tensor
+        given = prepared(given or Given(labels(config, first, count, label)), config, decoder, count)
+        modulations = ahead(model, config, given, count, world.device)
+        made = decoded(x0_of(model, config, given, modulations, first, count, seed, on_step), given, decoder)
+        made = made.cpu() if config.data.kind == "arrays" else to_uint8(made)
+    return made.clone()  # an ordinary tensor
 
 
-def ahead(model: DiT, config: Config, y: Tensor | None, count: int, device: torch.device) -> Modulations:
-    """The modulation that sampling `count` pictures of labels y will ask for; with guidance for the null class too."""
-    guided = config.sample.guidance != 1 and y is not None
-    evaluated = torch.cat([y, torch.full_like(y, config.model.num_classes)]) if guided and y is not None else y
+def prepared(given: Given, config: Config, decoder: VAE | Normaliser | None, count: int) -> Given:
+    """What a user gave, as the network takes it: checked, and its condition normalised. Raises UserError."""
+    check(given, config.model, count)
+    if isinstance(decoder, Normaliser) and decoder.condition is not None and given.condition is not None:
+        return given._replace(condition=decoder.condition.normalise(given.condition))
+    return given
+
+
+def decoded(x0: Tensor, given: Given, decoder: VAE | Normaliser | None) -> Tensor:
+    """x0 [B, C, *size] as pixels of about [-1, 1], or in physical units; what is beyond a sample's length is 0."""
+    if isinstance(decoder, VAE):
+        return decoder.decode(x0)
+    x0 = x0 if decoder is None else decoder.x.physical(x0)
+    return x0 if given.length is None else torch.where(within(x0, given.length.to(x0.device)), x0, 0)
+
+
+def ahead(model: DiT, config: Config, given: Given, count: int, device: torch.device) -> Modulations:
+    """The modulation that sampling `count` pictures of what is given will ask for; with guidance for the null class too."""
+    guided = config.sample.guidance != 1 and given.told(config.model.num_classes) is not None
     times = sampling_times(config.diffusion, config.sample.steps)
+    evaluated = given.twice(config.model.num_classes) if guided else given
     return Modulations(model, times, evaluated, count * (1 + guided), device)
 
 
 def x0_of(
     model: DiT,
     config: Config,
-    y: Tensor | None,
+    given: Given,
     modulations: Modulations,
     first: int,
     count: int,
@@ -123,11 +109,14 @@ def x0_of(
 ) -> Tensor:
     """sample() as a run's config says: x0 [count, C, rows, columns] fp32, pixels or latents."""
     m, s = config.model, config.sample
+    y, condition, length = given.each(lambda part: part.to(modulations.device))
     return sample(
         model,
         config.diffusion,
         (count, m.channels, *m.input_size),
-        None if y is None else y.to(modulations.device),
+        y,
+        condition=condition,
+        length=length,
         sampler=s.sampler,
         steps=s.steps,
         guidance=s.guidance,
@@ -164,12 +153,6 @@ def sampling_times(config: DiffusionConfig, steps: int) -> list[float]:
     return [float(t) for t in reversed(times)]
 
 
-def jump_lengths(times: list[float], jumps: bool) -> dict[float, float]:
-    """The length of the step from each time, as the network is given it: 0 in a longer schedule, which follows plain flow."""
-    few = jumps and len(times) <= FEW
-    return {t: t - after if few else 0.0 for t, after in itertools.pairwise([*times, 0.0])}
-
-
 @torch.no_grad()
 def sample(
     model: Callable[..., Tensor],
@@ -177,6 +160,8 @@ def sample(
     shape: tuple[int, ...],
     y: Tensor | None = None,
     *,
+    condition: Tensor | None = None,
+    length: Tensor | None = None,
     sampler: str = "auto",
     steps: int = 20,
     guidance: float = 1.0,
@@ -193,9 +178,10 @@ def sample(
     """Images first … first + B - 1 of a seed: x0 [B, C, *size] fp32, in `steps` forwards.
 
     sampler: ddpm (ancestral), ddim or dpm++ (2M, arXiv 2211.01095), euler under flow; auto is dpm++ or euler. guidance other
-    than 1 runs the forwards at t inside guidance_interval of the process (arXiv 2404.07724) on twice the batch, the
-    second half with null_class; the others run on the batch alone. modulation: what the model's `condition` returns at a time.
-    on_step gets the number of forwards done and the x0 they predict. Image n is the same whatever batch or rank makes it.
+    than 1 runs the forwards at t inside guidance_interval of the process (arXiv 2404.07724) on twice the batch, the second half
+    with null_class and the null condition; the others run on the batch alone. modulation: what the model's `condition` returns
+    at a time. on_step gets the number of forwards done and the x0 they predict. Image n is the same whatever batch or rank
+    makes it. y, condition and length: as given.py has them.
     Raises ValueError for what does not go together.
     """
     device = torch.device(device)
@@ -205,19 +191,22 @@ def sample(
         raise ValueError(
             f"sampler {sampler!r} does not sample {config.kind}; euler samples flow, ddpm, ddim and dpm++ sample ddpm"
         )
-    if guidance != 1 and (y is None or null_class is None):
-        raise ValueError(f"guidance {guidance:g} needs labels and a null class")
+    given = Given(y, condition, length)
+    if guidance != 1 and (null_class is None or (y is None and condition is None)):
+        raise ValueError(f"guidance {guidance:g} needs labels or conditions, and a null class")
     B, C = shape[:2]
     times = sampling_times(config, steps)
     lengths = jump_lengths(times, jumps)
     to_x0 = _x0_from_prediction(config, times)
 
-    def network(x: Tensor, time: float, y: Tensor | None) -> Tensor:
+    def network(x: Tensor, time: float, given: Given) -> Tensor:
         t = torch.full((len(x),), time, device=x.device)
         if modulation is None:
-            given = {"jump": torch.full_like(t, lengths[time])} if jumps else {}
-            return model(x, t, y, **given).float()
-        out = model(x, t, y, modulation=modulation(time)[: len(x)])  # the labelled half where a step is not guided
+            of_jump = {"jump": torch.full_like(t, lengths[time])} if jumps else {}
+            return model(x, t, given.y, **given.beside, **of_jump).float()
+        # Of the modulation the labelled half where a step is not guided.
+        of_length = {} if given.length is None else {"length": given.length}
+        out = model(x, t, given.y, modulation=modulation(time)[: len(x)], **of_length)
         return out.float().clone()  # a graph's output lasts until its next run, a solver's history longer
 
     advance = _solver(
@@ -226,7 +215,7 @@ def sample(
     x = rng.normal(tuple(shape[1:]), seed, "sample noise", first, B, device)
     for i, time in enumerate(times):
         guided = guidance_interval[0] <= time / config.timesteps <= guidance_interval[1]
-        out = guided_output(network, x, time, y, guidance if guided else 1, null_class)
+        out = guided_output(network, x, time, given, guidance if guided else 1, null_class)
         if out.shape[1] != (2 * C if learn_sigma else C):
             raise ValueError(f"the network returned {out.shape[1]} channels; expected {2 * C if learn_sigma else C}")
         prediction, variance = out[:, :C], out[:, C:]
@@ -241,10 +230,10 @@ def sample(
 
 
 def guided_output(
-    network: Callable[[Tensor, float, Tensor | None], Tensor],
+    network: Callable[[Tensor, float, Given], Tensor],
     x: Tensor,
     time: float,
-    y: Tensor | None,
+    given: Given,
     guidance: float,
     null_class: int | None,
 ) -> Tensor:
@@ -253,11 +242,10 @@ def guided_output(
     DiT's own sampler guides the first three of its four latent channels. Outputs at scale 4 then differ by 17 %.
     """
     if guidance == 1:
-        return network(x, time, y)
-    assert y is not None
+        return network(x, time, given)
     assert null_class is not None
     C = x.shape[1]
-    labelled, unlabelled = network(torch.cat([x, x]), time, torch.cat([y, torch.full_like(y, null_class)])).chunk(2)
+    labelled, unlabelled = network(torch.cat([x, x]), time, given.twice(null_class)).chunk(2)
     guided = unlabelled[:, :C] + guidance * (labelled[:, :C] - unlabelled[:, :C])
     return torch.cat([guided, labelled[:, C:]], dim=1)  # guidance is about the mean; the variance stays the labelled one's
 

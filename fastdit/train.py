@@ -25,8 +25,10 @@ from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, UserError, plain
 from fastdit.data import classes, encoding, vae
 from fastdit.data.manifest import changes, identity
+from fastdit.data.normaliser import Normaliser
 from fastdit.diffusion import Drawn, Objective, choose_objective, draw
 from fastdit.ema import PostHoc
+from fastdit.given import Given
 from fastdit.meter import Meter
 from fastdit.model import DiT, choose_ops, on_kernels
 from fastdit.optim import Optimizer, lr_at
@@ -73,8 +75,9 @@ def step(
     batch, drawn, jumps = config.train.batch, [], consistency.on(config, images_seen)
     for micro in range(config.train.grad_accum):
         first = images_seen + (micro * world.size + world.rank) * batch  # this rank's images of the micro-step, by number
-        x0, y, *_ = pack.batch(first, batch)
-        drawn.append(draw(objective, x0, y if config.model.num_classes else None, config.run.seed, first, jumps))
+        x0, y, *beside = pack.batch(first, batch)
+        given = Given(y if config.model.num_classes else None, *beside)
+        drawn.append(draw(objective, x0, given, config.run.seed, first, jumps))
     if consistency.begins(config, images_seen, optimizer.global_batch):
         optimizer.begin("jump_embedder")
     rates = optimizer.rates(images_seen)
@@ -107,7 +110,7 @@ class Run(NamedTuple):
     objective: Objective
     checkpoints: Checkpoints
     snapshots: Checkpoints | None  # of post-hoc averages; all are kept
-    autoencoder: vae.VAE | None
+    decoder: vae.VAE | Normaliser | None  # of latents, or of normalised arrays
     judge: Judge | None  # on rank 0 alone
     meter: Meter
 
@@ -149,16 +152,15 @@ def train(config: Config, on_purpose: bool = False) -> int:
 
     # What it reports.
     autoencoder = ranks.every(world, lambda: vae.of(config, world.device, pack.manifest.vae_sha256))
+    decoder = autoencoder or pack.normaliser
     scored = config.eval.every_images is not None and world.rank == 0
     judge = ranks.every(world, lambda: references.of(config, world.device) if scored else None)
     ranks.once(world, lambda: start_run(config, folder, changed, images_seen, lock))
-    ranks.once(world, lambda: classes.write(folder, pack.manifest.class_names))
+    ranks.once(world, lambda: pack.describe(folder))
     flops = train_flops_per_image(config.model)
     meter = Meter(folder, config, world, batch_images=batch, flops_per_image=flops, resumed_images=images_seen)
     meter.restore(window)
-    run = Run(
-        config, folder, world, batch, pack, model, optimizer, objective, checkpoints, snapshots, autoencoder, judge, meter
-    )
+    run = Run(config, folder, world, batch, pack, model, optimizer, objective, checkpoints, snapshots, decoder, judge, meter)
     if world.rank == 0:
         for change in changed:
             print(f"changed on purpose, from {images_seen:,} images on: {plain(change)}", flush=True)
@@ -230,14 +232,15 @@ def sample(run: Run, images_seen: int) -> None:
     path = run.folder / "samples" / f"{images_seen:09d}.png"
     share = -(-config.sample.num // world.size)
     with run.meter.paused(), run.optimizer.ema.applied(run.model):
-        images = sampling.make(
-            run.model, config, run.autoencoder, world, first=world.rank * share, count=share, seed=config.run.seed
-        )
-        shares = ranks.gather(world, images)
+        first = world.rank * share
+        given = run.pack.examples(first, share, config.model.num_classes > 0)
+        made = sampling.make(run.model, config, run.decoder, world, first=first, count=share, seed=config.run.seed, given=given)
+        shares = ranks.gather(world, made)
         if world.rank == 0:
-            y = sampling.labels(config, 0, config.sample.num)
+            given = run.pack.examples(0, config.sample.num, config.model.num_classes > 0)
+            y = given.y if given else sampling.labels(config, 0, config.sample.num)
             captions = classes.captions(run.pack.manifest.class_names, None if y is None else y.tolist())
-            pictures.save_grid(torch.cat(shares)[: config.sample.num], path, captions)
+            pictures.save(torch.cat(shares)[: config.sample.num], path, captions)
     run.meter.image(images_seen, path)
 
 
@@ -245,7 +248,7 @@ def evaluate(run: Run, images_seen: int) -> None:
     """The offline metric of pictures by the averaged weights."""
     config = run.config
     with run.meter.paused(), run.optimizer.ema.applied(run.model):
-        images = evaluation.make_pictures(run.model, config, run.autoencoder, run.world, config.eval.num)
+        images = evaluation.make_pictures(run.model, config, run.decoder, run.world, config.eval.num)
         if run.judge is not None:
             figures = evaluation.line(config, images_seen, run.judge, images)
             evaluation.record(run.folder, figures)

@@ -54,7 +54,7 @@ def restated(net, config, drawn, w: float = 0.0) -> torch.Tensor:
     """The losses by the formulas of consistency.py, an image at a time, in fp64."""
     losses = []
     for n in range(len(drawn.x0)):
-        x0, noise, t, y = drawn.x0[n : n + 1], drawn.noise[n : n + 1], drawn.t[n].item() / 1000, drawn.y[n : n + 1]
+        x0, noise, t, y = drawn.x0[n : n + 1], drawn.noise[n : n + 1], drawn.t[n].item() / 1000, drawn.given.y[n : n + 1]
 
         def u(x, s, length, y=y):
             out = net(x, torch.tensor([1000 * s], dtype=x.dtype), y, torch.tensor([1000 * length], dtype=x.dtype))

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit.config import Config, DiffusionConfig, ModelConfig
 from fastdit.diffusion import choose_objective, schedule
+from fastdit.given import Given
 from fastdit.runtime import rng
 
 PREDICTIONS = ("epsilon", "v", "x0")
@@ -287,11 +288,11 @@ def test_a_loss_belongs_to_its_image_whatever_the_batch(config):
 def test_class_dropout():
     objective = objective_of(DiffusionConfig(), class_dropout=0.25, num_classes=15)
     y = torch.arange(8000) % 15
-    kept = objective.labels.drop(y, 0, 0)
+    kept = objective.labels.drop(Given(y), 0, 0).y
     dropped = kept == 15
     assert torch.equal(kept[~dropped], y[~dropped])
     assert abs(dropped.double().mean().item() - 0.25) < 3.3 * math.sqrt(0.25 * 0.75 / 8000)
-    assert torch.equal(objective.labels.drop(y[100:], 0, 100), kept[100:])
+    assert torch.equal(objective.labels.drop(Given(y[100:]), 0, 100).y, kept[100:])
     seen = []
 
     def model(x, t, y):
@@ -300,8 +301,8 @@ def test_class_dropout():
 
     objective.losses(model, images(50), y[:50], 0, 0)
     assert torch.equal(seen[0], kept[:50])
-    assert objective.labels.drop(None, 0, 0) is None
-    assert objective_of(DiffusionConfig()).labels.drop(y, 0, 0) is y
+    assert objective.labels.drop(Given(), 0, 0) == Given()
+    assert objective_of(DiffusionConfig()).labels.drop(Given(y), 0, 0).y is y
 
 
 def test_what_the_network_is_given():

@@ -9,6 +9,7 @@ from fastdit import config as C
 from fastdit import sampling
 from fastdit.config import DiffusionConfig, UserError
 from fastdit.diffusion import choose_objective
+from fastdit.given import Given
 from fastdit.optim import Optimizer
 from fastdit.recipes import RECIPES
 from fastdit.runtime import ranks, rng, sharding
@@ -135,7 +136,7 @@ def test_the_target_and_the_gradient_are_the_formula(config):
     net = Linear()
     training = objective(config, w)
     got = training.losses(net, x0, y, 7, 100)
-    kept, plain = training.labels.drop(y, 7, 100), objective(config, 0.0)
+    kept, plain = training.labels.drop(Given(y), 7, 100).y, objective(config, 0.0)
     assert 0 < (kept == NULL).sum() < B
     [(null, null_grad), (given, given_grad)] = net.calls
     assert (null == NULL).all()
@@ -170,12 +171,12 @@ def test_what_is_learnt_is_classifier_free_guidance_of_one_over_one_minus_w():
     labelled = torch.zeros(2)
     for _ in range(100):
         added = training.labels.guide(
-            torch.zeros(2, 1, 1, 1), labelled.view(2, 1, 1, 1), unlabelled.expand(2, 1, 1, 1), torch.tensor([0, 1])
+            torch.zeros(2, 1, 1, 1), labelled.view(2, 1, 1, 1), unlabelled.expand(2, 1, 1, 1), Given(torch.tensor([0, 1]))
         )  # each step answers with the target of the step before
         labelled = truth + added.view(2)
     torch.testing.assert_close(labelled, unlabelled + (truth - unlabelled) / (1 - w), rtol=1e-5, atol=1e-6)
     zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
-    assert (training.labels.guide(zero, one, zero, torch.tensor([NULL])) == 0).all()
+    assert (training.labels.guide(zero, one, zero, Given(torch.tensor([NULL]))) == 0).all()
 
 
 def test_with_a_learned_variance_only_the_prediction_is_guided():
@@ -183,7 +184,7 @@ def test_with_a_learned_variance_only_the_prediction_is_guided():
     net = Linear(out=4)
     training = objective(DDPM, 0.5, learn_sigma=True)
     assert training.losses(net, x0, y, 1, 0).shape == (6,)
-    assert training.labels.unlabelled(net, x0, torch.ones(6), y).shape == x0.shape
+    assert training.labels.unlabelled(net, x0, torch.ones(6), Given(y)).shape == x0.shape
 
 
 def test_off_is_one_forward_and_the_same_loss():
@@ -195,9 +196,9 @@ def test_off_is_one_forward_and_the_same_loss():
     dropped = objective(DDPM, 0.0, dropout=0.999).losses(Linear(), x0, y, 1, 0)
     assert torch.equal(on, dropped)
     assert not torch.equal(off, on)
-    with pytest.raises(ValueError, match="model guidance needs labels and a class_dropout"):
+    with pytest.raises(ValueError, match="model guidance needs labels or conditions, and a class_dropout"):
         objective(DDPM, 0.5, dropout=0.0).losses(net, x0, y, 1, 0)
-    with pytest.raises(ValueError, match="model guidance needs labels and a class_dropout"):
+    with pytest.raises(ValueError, match="model guidance needs labels or conditions, and a class_dropout"):
         objective(DDPM, 0.5).losses(net, x0, None, 1, 0)
 
 

@@ -19,8 +19,8 @@ SOURCES = FASTDIT + sorted(ROOT.glob("kernels/fastdit_kernels/*.py"))
 KERNELS = "fastdit_kernels"  # below all ranks: a package of its own
 RANKS = [
     {"config"},
-    {"runtime", "robot.simulator", "recipes", "embeddings", "posthoc", "consistency", "bound"},
-    {"command", "pictures", "model", "diffusion", "ema", "checkpoint", "meter", "data"},
+    {"runtime", "robot.simulator", "recipes", "embeddings", "given", "posthoc", "consistency", "bound"},
+    {"command", "pictures", "model", "modulations", "diffusion", "ema", "checkpoint", "meter", "data"},
     {"optim", "sampling", "weights", "panel"},
     {"weights.pipeline", "quality", "planning", "robot"},
     {"train", "encode", "sample", "convert", "export", "plan", "evaluate", "report"},
@@ -165,6 +165,7 @@ def test_what_is_tested_exists():
         "summary",  # bench/summary.py, which keeps results
         "aot",  # every kernel, compiled ahead of time
         "ptx",  # every kernel, as it is compiled, executed without a GPU
+        "sequences",  # grids of one and three dimensions, conditions and padding, through whole runs
         "gpu",  # what only a GPU shows, of the whole run
         "ptx_machine",  # what executes it
         "block",  # one block of model.py

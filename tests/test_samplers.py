@@ -343,9 +343,9 @@ def test_what_does_not_go_together():
         sample(model, DDPM, SHAPE, sampler="euler")
     with pytest.raises(ValueError, match="'ddim' does not sample flow"):
         sample(model, FLOW, SHAPE, sampler="ddim")
-    with pytest.raises(ValueError, match="guidance 2 needs labels and a null class"):
+    with pytest.raises(ValueError, match="guidance 2 needs labels or conditions, and a null class"):
         sample(model, DDPM, SHAPE, y, guidance=2.0)
-    with pytest.raises(ValueError, match="guidance 2 needs labels and a null class"):
+    with pytest.raises(ValueError, match="guidance 2 needs labels or conditions, and a null class"):
         sample(model, DDPM, SHAPE, guidance=2.0, null_class=3)
     with pytest.raises(ValueError, match="returned 2 channels; expected 4"):
         sample(model, DDPM, SHAPE, learn_sigma=True)

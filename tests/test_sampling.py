@@ -8,7 +8,8 @@ import torch
 from fastdit_kernels.reference import REFERENCE
 
 from fastdit import config as C
-from fastdit import sampling
+from fastdit import modulations, sampling
+from fastdit.given import Given
 from fastdit.model import DiT
 from fastdit.recipes import RECIPES
 from fastdit.runtime import hardware
@@ -42,7 +43,7 @@ def case(request) -> tuple[C.Config, DiT]:
 @pytest.mark.parametrize("group_bytes", [256 << 20, 1])
 def test_pictures_are_those_of_a_model_conditioned_anew_each_step(case, group_bytes, monkeypatch):
     config, model = case
-    monkeypatch.setattr(sampling, "MODULATION_BYTES", group_bytes)
+    monkeypatch.setattr(modulations, "MODULATION_BYTES", group_bytes)
     found = sampling.make(model, config, None, ALONE, first=3, count=4, seed=1)
     m, s = config.model, config.sample
     x0 = sampling.sample(
@@ -66,10 +67,10 @@ def test_pictures_are_those_of_a_model_conditioned_anew_each_step(case, group_by
 def test_modulation_is_that_of_the_time_whatever_the_order_of_calls(case, monkeypatch):
     """A solver may evaluate twice in a step, or between two times."""
     config, model = case
-    monkeypatch.setattr(sampling, "MODULATION_BYTES", 2 * 4 * 4 * model.adaLN_modulation.out_features)  # two times at once
+    monkeypatch.setattr(modulations, "MODULATION_BYTES", 2 * 4 * 4 * model.adaLN_modulation.out_features)  # two times at once
     y = torch.tensor([3, 0, 3, 1]) if config.model.num_classes else None
     times = sampling.sampling_times(config.diffusion, 5)
-    ahead = sampling.Modulations(model, times, y, 4, ALONE.device)
+    ahead = sampling.Modulations(model, times, Given(y), 4, ALONE.device)
     with torch.no_grad():
         for time in (times[0], times[1], times[1], times[2], 123.5, times[4], times[0], times[3]):
             torch.testing.assert_close(ahead.at(time), model.condition(torch.full((4,), time), y).expand_as(ahead.at(time)))
@@ -92,7 +93,7 @@ def test_a_solver_that_evaluates_twice_makes_the_same_pictures_with_modulation_c
         return x
 
     y = torch.tensor([3, 0, 3, 1]) if config.model.num_classes else None
-    ahead = sampling.Modulations(model, sampling.sampling_times(config.diffusion, 5), y, 4, ALONE.device)
+    ahead = sampling.Modulations(model, sampling.sampling_times(config.diffusion, 5), Given(y), 4, ALONE.device)
     with torch.no_grad():
         anew = heun(lambda x, t: model(x, torch.full((4,), t), y))
         got = heun(lambda x, t: model(x, torch.full((4,), t), y, modulation=ahead.at(t)))

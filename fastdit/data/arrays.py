@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastdit.config import DataConfig, UserError, plain, times
 from fastdit.data.source import MAX_CLASSES
+from fastdit.runtime.tensors import load_weights
 
 X, CONDITION, LENGTH = "x", "condition", "length"  # names of tensors and columns; that of labels is --data.label_column
 LARGEST = 1e30  # of a number in x or a condition: its square is finite in fp64, and so is what fp32 makes of it
@@ -274,3 +275,19 @@ def nested_array(column: Any) -> Numbers | None:
     if column.null_count:
         return None
     return np.asarray(column.to_numpy(zero_copy_only=False)).reshape(shape)
+
+
+# --- what a user asks for ---
+
+
+def read_conditions(path: Path) -> Tensor:
+    """[n, K] of a .npy file, or of the tensor `condition` in a .safetensors file. Raises UserError."""
+    if path.suffix == ".safetensors":
+        found = load_weights(path)[0].get(CONDITION)
+        if found is None:
+            raise UserError(f"{plain(path)} holds no tensor `condition`")
+        return found
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+    except (OSError, ValueError, EOFError, TypeError) as error:
+        raise UserError(f"{plain(path)} is not a .npy file of conditions ({plain(error, 200)})") from None

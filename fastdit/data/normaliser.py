@@ -69,9 +69,9 @@ class Normaliser(NamedTuple):
         write_text(folder / FILE, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @staticmethod
-    def read(folder: Path) -> "Normaliser | None":
+    def read(folder: Path, name: str = FILE) -> "Normaliser | None":
         """What `write` kept in a folder; None where there is none. Raises UserError for a damaged file."""
-        file = folder / FILE
+        file = folder / name
         if not file.exists():
             return None
         try:

@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 
 from fastdit.config import RankError, UserError, plain
+from fastdit.data import classes
 from fastdit.data.manifest import DTYPES, FORMAT, Manifest, changes, identity, read_manifest
+from fastdit.data.normaliser import Normaliser
+from fastdit.given import Given
 from fastdit.runtime import rng
 
 __all__ = ["DTYPES", "FORMAT", "Manifest", "changes", "identity", "read_manifest"]
@@ -162,6 +165,31 @@ class Pack:
         self._ahead: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] = {}
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._last = -1
+
+    @property
+    def normaliser(self) -> Normaliser | None:
+        """What brings its arrays to physical units; None where its rows are images."""
+        found = self.manifest.normaliser
+        return None if found is None else Normaliser.from_dict(found)
+
+    def describe(self, folder: Path) -> None:
+        """Keep in a run's folder what whoever loads its weights wants to know: the classes' names and the normaliser."""
+        classes.write(folder, self.manifest.class_names)
+        if self.normaliser is not None:
+            self.normaliser.write(folder)
+
+    def examples(self, first: int, count: int, labelled: bool) -> Given | None:
+        """What is given of samples first … first + count - 1 of the data, over and over, in physical units, for the training's
+        own samples; None where no condition and no length is, and classes in turn serve.
+        """
+        if self.conditions is None and self.lengths is None:
+            return None
+        numbers = torch.arange(first, first + count, device=self.device) % self.manifest.count
+        given = Given(self.labels if labelled else None, self.conditions, self.lengths).each(lambda part: part[numbers])
+        normaliser = self.normaliser
+        if given.condition is None or normaliser is None or normaliser.condition is None:
+            return given
+        return given._replace(condition=normaliser.condition.physical(given.condition))
 
     def waited(self) -> float:
         """Seconds that callers of `batch` waited for data since this was last asked."""

@@ -50,6 +50,7 @@ def _traced(m: ModelConfig, parallel: ParallelConfig, batch: int, ops: Ops) -> A
         sharding.checkpoint(model, parallel)
         x, t = torch.empty(batch, m.channels, *m.input_size), torch.empty(batch)
         y = torch.empty(batch, dtype=torch.int64) if m.num_classes else None
+        given = {"condition": torch.empty(batch, m.condition)} if m.condition else {}
     weights = {_key(p) for p in model.parameters()}
     for p in model.parameters():  # a gradient leaves as soon as it is reduced
         if p.requires_grad:  # a fixed position embedding has no gradient
@@ -62,12 +63,12 @@ def _traced(m: ModelConfig, parallel: ParallelConfig, batch: int, ops: Ops) -> A
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = (model(x, t, y)[:, : m.channels] - x).square().mean()
+        loss = (model(x, t, y, **given)[:, : m.channels] - x).square().mean()
     kept = sum(storage.nbytes() for storage in saved.values())
     del loss
     saved.clear()
     with Alive() as alive:
-        (model(x, t, y)[:, : m.channels] - x).square().mean().backward()
+        (model(x, t, y, **given)[:, : m.channels] - x).square().mean().backward()
     return Activations(kept, max(alive.peak, kept))
 
 

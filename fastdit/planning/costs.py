@@ -63,7 +63,10 @@ def parts(config: Config, cluster: Cluster) -> list[Part]:
 
     patch, out, S = m.channels * m.patch_size, m.patch_size * out_channels(m), item // 2
     forward = {  # bytes of one forward; norms' and activations' backward is half as much again, the others' twice as much
-        "embed": product(B * T, patch, D) + product(B, num_frequencies(m), D) + product(B, D, D),
+        "embed": product(B * T, patch, D)
+        + product(B, num_frequencies(m), D)
+        + product(B, D, D)
+        + product(B, m.condition, D) * (m.condition > 0),
         "modulation": product(B, D, (6 * L + 2) * D),
         "qkv and proj": L * (product(B * T, D, 3 * D) + product(B * T, D, D)),
         "attention": L * 4 * B * T * D * item,

@@ -9,7 +9,7 @@ def macs_per_image(config: ModelConfig) -> dict[str, int]:
     """Multiply-adds of one forward pass on one image, or other sample, by part: what the DiT paper calls Gflops."""
     D, L, T, p, r = config.width, config.depth, config.num_tokens, config.patch_size, config.mlp_ratio
     return {
-        "embed": T * config.channels * p * D + num_frequencies(config) * D + D * D,
+        "embed": T * config.channels * p * D + (num_frequencies(config) + D + config.condition) * D,
         "modulation": (6 * L + 2) * D * D,  # per image, not per token
         "qkv and proj": L * 4 * T * D * D,
         "attention": L * 2 * T * T * D,

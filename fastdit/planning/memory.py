@@ -30,6 +30,7 @@ def num_parameters(m: ModelConfig) -> int:
     D, F, T = m.width, m.mlp_ratio * m.width, m.num_tokens
     embed = (m.channels * m.patch_size + 1) * D + T * D + (1 + m.jumps) * (num_frequencies(m) + 1 + D + 1) * D
     classes = (m.num_classes + (m.class_dropout > 0)) * D if m.num_classes else 0
+    classes += (m.condition + 1 + (m.class_dropout > 0)) * D if m.condition else 0
     convolution = F * (m.conv_taps + 1) if m.conv_kernel else 0
     norms = 2 * (D // m.num_heads) if m.qk_norm else 0
     block = (D + 1) * 4 * D + (D + 1) * F + (F + 1) * D + convolution + norms

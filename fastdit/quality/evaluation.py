@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdit import sampling
 from fastdit.config import Config, UserError
+from fastdit.data.normaliser import Normaliser
 from fastdit.data.vae import VAE
 from fastdit.model import DiT
 from fastdit.quality import charts
@@ -24,7 +25,9 @@ LIMIT = 1 << 26  # bytes of evaluations.jsonl
 LARGEST = 1e100  # of a number in a line; what is larger was not measured
 
 
-def make_pictures(model: DiT, config: Config, vae: VAE | None, world: World, num: int, batch: int = 64) -> Tensor:
+def make_pictures(
+    model: DiT, config: Config, decoder: VAE | Normaliser | None, world: World, num: int, batch: int = 64
+) -> Tensor:
     """Pictures 0 … num - 1 of the run's seed, made by all ranks together: uint8 [num, 3, H, W], on every rank.
 
     Every rank runs the network equally often: each forward of a sharded network gathers weights from all ranks.
@@ -33,7 +36,7 @@ def make_pictures(model: DiT, config: Config, vae: VAE | None, world: World, num
     for start in range(0, num, batch * world.size):
         count = min(batch, -(-(num - start) // world.size))
         parts.append(
-            sampling.make(model, config, vae, world, first=start + world.rank * count, count=count, seed=config.run.seed)
+            sampling.make(model, config, decoder, world, first=start + world.rank * count, count=count, seed=config.run.seed)
         )
     shares = gather(world, parts)
     return torch.cat([share[i] for i in range(len(parts)) for share in shares])[:num]

@@ -56,8 +56,8 @@ def _validate_model(config: Config) -> None:
     if m.conv_kernel not in (0, *valid):
         kernels = ", ".join(map(str, valid))
         raise UserError(f"--model.conv_kernel is {m.conv_kernel}; valid are {kernels}, and 0 for a plain MLP")
-    if m.class_dropout and not m.num_classes:
-        raise UserError("--model.class_dropout needs classes, and the data have none")
+    if m.class_dropout and not m.num_classes and not m.condition:
+        raise UserError("--model.class_dropout needs classes or conditions, and the data have none")
     if config.diffusion.kind == "flow" and m.learn_sigma:
         raise UserError("learned sigma is a DDPM option; flow has no variance to learn")
     diffusion = config.diffusion
@@ -88,6 +88,8 @@ def _validate_data(config: Config) -> None:
     if d.kind == "arrays":
         if d.vae:
             raise UserError(f"--data.vae {plain(d.vae)}: an autoencoder is for pictures, and the data are arrays")
+        if config.eval.every_images:
+            raise UserError(f"--eval.every_images {config.eval.every_images}: it compares pictures, and the data are arrays")
         return
     if d.source == "cats" and d.image_size not in ((32, 32), (64, 64)):
         raise UserError(f"--data.image_size {times(d.image_size)}: the embedded cats come at 32×32 or 64×64")

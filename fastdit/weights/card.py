@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastdit.config import Config, ModelConfig, plain, times
+from fastdit.data.normaliser import Normaliser
 
 OPEN = {
     "fastdit": """import fastdit
@@ -48,6 +49,7 @@ class Trained(NamedTuple):
     class_names: Sequence[str] = ()
     converted_from: str = ""  # the file that convert.py read: its training is not known here
     latents_by: str = ""  # as weights.folder.Located has it
+    normaliser: Normaliser | None = None  # of a model of arrays
 
 
 def write_card(trained: Trained, out: Path, format: str, name: str, weights: str, license: str, parameters: int) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor
 from fastdit import config as configs
 from fastdit.config import Config, UserError, plain
 from fastdit.data import classes
+from fastdit.data.normaliser import FILE as NORMALISER
+from fastdit.data.normaliser import Normaliser
 from fastdit.model import DiT, choose_ops
 from fastdit.runtime import saved
 from fastdit.runtime.files import read_sums
@@ -38,6 +40,7 @@ class Located(NamedTuple):
     images_seen: int | None  # None where no checkpoint says
     class_names: Sequence[str] = ()  # of classes 0, 1, …; empty: without classes, or not known
     latents_by: str = ""  # beginning of the SHA-256 of the autoencoder that made its latents; empty: none, or not known
+    normaliser: Normaliser | None = None  # of a model of arrays: to physical units and back
 
 
 def locate(source: str | Path, **hub: Any) -> Located:
@@ -49,15 +52,39 @@ def locate(source: str | Path, **hub: Any) -> Located:
     path = Path(source)
     if path.is_file() or path.is_dir():
         found = _local(path)
-        names = classes.read(found.home)
+        names, normaliser = classes.read(found.home), _normaliser(found)
     else:
         repo_id, _, revision = str(source).partition("@")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or Path(repo_id).parent.is_dir():
             raise UserError(f"{path} does not exist; name a run folder, an exported folder, a safetensors file or a hub id")
-        about, weights, *kept = _download(repo_id, {**({"revision": revision} if revision else {}), **hub})
-        found = Located(weights, load_config(about), Path(), None)
-        names = classes.read_names(kept[0]) if kept else []
-    return found._replace(class_names=names if len(names) == found.config.model.num_classes else [])
+        files = _download(repo_id, {**({"revision": revision} if revision else {}), **hub})
+        found = Located(files[WEIGHTS], load_config(files[CONFIG]), Path(), None)
+        names = classes.read_names(files[classes.FILE]) if classes.FILE in files else []
+        kept = files.get(NORMALISER)
+        normaliser = Normaliser.read(kept.parent, kept.name) if kept else None
+    _check_units(found.config, normaliser, source)
+    names = names if len(names) == found.config.model.num_classes else []
+    return found._replace(class_names=names, normaliser=normaliser)
+
+
+def _normaliser(found: Located) -> Normaliser | None:
+    """What is kept beside a model's weights, or in the folder above them that says what they are."""
+    if found.config.data.kind != "arrays":
+        return None
+    places = [found.home, *found.weights.resolve().parents[:4]]
+    return next((n for place in places if (n := Normaliser.read(place)) is not None), None)
+
+
+def _check_units(config: Config, found: Normaliser | None, source: str | Path) -> None:
+    """Raise UserError where a model of arrays has no normaliser, or that of another model."""
+    m = config.model
+    if config.data.kind != "arrays":
+        return
+    if found is None:
+        raise UserError(f"{plain(source)} holds no {NORMALISER}, which says in which units the model's arrays are")
+    numbers = (len(found.x.scale), len(found.condition.scale) if found.condition else 0)
+    if numbers != (m.channels, m.condition):
+        raise UserError(f"{plain(source)}: its {NORMALISER} is not of {m.channels} channels and {m.condition} conditions")
 
 
 def _local(path: Path) -> Located:
@@ -114,7 +141,7 @@ def load(source: str | Path, device: torch.device | str | None = None, *, precis
     found = locate(source, **hub)
     config = configs.replace(found.config, parallel={"precision": precision})
     model = load_model(found.weights, config, World(0, 1, 0, 1, where))
-    model.run, model.class_names = found.config, list(found.class_names)
+    model.run, model.class_names, model.normaliser = found.config, list(found.class_names), found.normaliser
     return model
 
 
@@ -164,6 +191,8 @@ def save_pretrained(model: DiT, folder: str | Path, run: Config) -> None:
             "save_pretrained needs the config of the run that trained this model: save_pretrained(model, folder, run)"
         )
     save_folder(Path(folder), {name: p.detach().cpu() for name, p in model.named_parameters()}, run)
+    if model.normaliser is not None:
+        model.normaliser.write(Path(folder))
 
 
 def push_to_hub(model: DiT, repo_id: str, run: Config, *, private: bool | None = None, **hub: Any) -> str:
@@ -207,8 +236,8 @@ def upload(folder: Path, repo_id: str, *, private: bool | None = None, token: st
         raise UserError(f"not uploaded to {repo_id}: {' '.join(str(error).split())[:300]}") from None
 
 
-def _download(repo_id: str, options: dict[str, Any]) -> list[Path]:
-    """Config, weights, and names of the classes where the repository has them, as files in the hub's cache.
+def _download(repo_id: str, options: dict[str, Any]) -> dict[str, Path]:
+    """Config, weights, and names of the classes and the normaliser where the repository has them: files in the hub's cache.
 
     It keeps links where they are named and the files themselves elsewhere.
     """
@@ -216,10 +245,11 @@ def _download(repo_id: str, options: dict[str, Any]) -> list[Path]:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        found = [hf_hub_download(repo_id, name, **options) for name in (CONFIG, WEIGHTS)]
-        with contextlib.suppress(EntryNotFoundError):  # a model without classes, or without names for them
-            found.append(hf_hub_download(repo_id, classes.FILE, **options))
+        found = {name: hf_hub_download(repo_id, name, **options) for name in (CONFIG, WEIGHTS)}
+        for name in (classes.FILE, NORMALISER):
+            with contextlib.suppress(EntryNotFoundError):  # a model without classes or names for them, or of pictures
+                found[name] = hf_hub_download(repo_id, name, **options)
     except Exception as error:  # of the network, the hub, the cache or the name
         reason = plain(" ".join(str(error).split()))
         raise UserError(f"{repo_id}: no such folder, and not loaded from the hub: {reason}") from None
-    return [Path(path).resolve() for path in found]
+    return {name: Path(path).resolve() for name, path in found.items()}

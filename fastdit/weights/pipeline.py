@@ -27,6 +27,7 @@ from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
 from fastdit.config import DiffusionConfig, ModelConfig
+from fastdit.given import Given
 from fastdit.model import DiT
 from fastdit.sampling import guided_output, sampling_times
 
@@ -100,12 +101,14 @@ class FastDiTPipeline(DiffusionPipeline):
         scheduler: Any = self._scheduler_of(num_inference_steps, device)
         x = x * getattr(scheduler, "init_noise_sigma", 1.0)
 
-        def network(x: Tensor, t: Any, y: Tensor | None) -> Tensor:
+        def network(x: Tensor, t: Any, given: Given) -> Tensor:
             x = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-            return self.transformer(x, t, y).sample
+            return self.transformer(x, t, given.y).sample
 
         for t in self.progress_bar(scheduler.timesteps):
-            out = guided_output(network, x, t, y, guidance_scale, config.num_classes)[:, : config.channels]  # no variance
+            out = guided_output(network, x, t, Given(y), guidance_scale, config.num_classes)[
+                :, : config.channels
+            ]  # no variance
             x = scheduler.step(self._velocity(out, t, x), t, x).prev_sample
         if self.vae is not None:
             about = self.vae.config

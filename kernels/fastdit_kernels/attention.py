@@ -135,6 +135,15 @@ def sdpa_cudnn_first(qkv: QKV) -> Tensor:
         return sdpa(qkv)
 
 
+def masked(qkv: QKV, valid: Tensor) -> Tensor:
+    """Attention to the tokens that valid, bool [B, T], says, of which each sample has one at least: PyTorch's own.
+
+    flash-attn takes no mask, and its varlen form takes packed tokens: their number would differ from batch to batch.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (qkv.unbind(2) if isinstance(qkv, Tensor) else qkv))  # [B, H, T, K]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]).transpose(1, 2).flatten(2)
+
+
 def _flash(qkv: QKV, module: ModuleType, options: dict[str, bool]) -> Tensor:
     packed = getattr(module, "flash_attn_qkvpacked_func", None)
     if isinstance(qkv, Tensor) and packed is not None:
