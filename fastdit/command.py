@@ -232,4 +232,4 @@ def _say(line: str, aloud: bool = True) -> None:
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # as torch.distributed.elastic.multiprocessing.errors reads it
     if file:
         with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")

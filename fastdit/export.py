@@ -102,7 +102,7 @@ def save_curve(trained: Trained, out: Path) -> None:
     """curve.svg: the run's training and its quality over images seen. Raises UserError."""
     lines = [line for line in history.read(trained.run / "metrics.jsonl") if line["images"] <= trained.images_seen]
     curves = [*evaluation.curves(evaluation.evaluations(trained.run)), *history.curves(lines)]
-    (out / "curve.svg").write_text(charts.svg(curves))
+    (out / "curve.svg").write_text(charts.svg(curves), encoding="utf-8")
 
 
 # --- what is exported ---

@@ -151,7 +151,7 @@ class Meter:
             "seconds": self.seconds,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         self._show(line)
         self._start_interval()

@@ -1,5 +1,6 @@
 """A file written by `files.atomic` is the old one or the whole new one, whatever fails, and nothing else is left behind."""
 
+import ast
 import errno
 import os
 import re
@@ -117,3 +118,15 @@ def test_files_are_renamed_in_one_place():
         if re.search(r"\.rename\(|os\.replace\(|\.replace\(path\)", path.read_text())
     }
     assert renaming == {"runtime/files.py", "checkpoint.py", "data/chunks.py"}
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    """Under LC_ALL=C without Python's UTF-8 mode, a card with a × in it could not be written."""
+    for path in sorted({*ROOT.glob("fastdit/**/*.py"), *ROOT.glob("kernels/**/*.py")}):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if not isinstance(call.func, ast.Attribute) or ast.unparse(call.func.value) in ("files", "os"):
+                continue
+            modes = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+            opens = call.func.attr == "open" and modes[:1] in (["a"], ["r"], ["w"], ["x"])
+            if opens or call.func.attr in ("read_text", "write_text"):
+                assert "encoding" in {keyword.arg for keyword in call.keywords}, f"{path.name}:{call.lineno}"

@@ -39,7 +39,7 @@ def staging_of(path: Path) -> Path:
 def locked(staging: Path) -> Iterator[None]:
     """Hold the staging folder; the lock goes with the process that holds it, however it ends."""
     staging.mkdir(parents=True, exist_ok=True)
-    with (staging / "lock").open("w") as file:
+    with (staging / "lock").open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -54,7 +54,7 @@ def num_chunks(source: ImageSource) -> int:
 def committed(staging: Path, number: int, fields: set[str]) -> dict[str, Any] | None:
     """The content of a chunk's NUMBER.json, which has these fields; None where the chunk is not there as a whole."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        part = json.loads((staging / f"{number:07d}.json").read_text())
+        part = json.loads((staging / f"{number:07d}.json").read_text(encoding="utf-8"))
         if isinstance(part, dict) and part.keys() == fields and (staging / f"{number:07d}.bin").stat().st_size == part["bytes"]:
             return part
     return None

@@ -50,7 +50,7 @@ def finished(folder: Path) -> dict[Work, list[dict[str, Any]]]:
     """The outcomes that are kept in a folder, by group; a group that a kill tore is left out."""
     lines: dict[Work, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("episodes*.jsonl")):
-        for line in json_lines(path.read_text(errors="replace")):
+        for line in json_lines(path.read_text(errors="replace", encoding="utf-8")):
             try:
                 key = Work(line["evaluations"], line["task"], line["first"], len(line["outcomes"]))
                 lines[key] = [{"success": bool(o["success"]), "steps": int(o["steps"])} for o in line["outcomes"]]
@@ -61,7 +61,7 @@ def finished(folder: Path) -> dict[Work, list[dict[str, Any]]]:
 
 def run(folder: Path, missing: Sequence[Work], rank: int, play: Run, progress: Callable[[Work], None]) -> None:
     """Play the groups of this process and keep each as it ends. The first episode of a group is kept whole, for pictures."""
-    with (folder / f"episodes-{rank}.jsonl").open("a") as file:
+    with (folder / f"episodes-{rank}.jsonl").open("a", encoding="utf-8") as file:
         if file.tell():
             file.write("\n")  # a kill may have torn the last line
         for group in missing:
@@ -80,7 +80,7 @@ def run(folder: Path, missing: Sequence[Work], rank: int, play: Run, progress: C
 def paths(folder: Path) -> Iterator[dict[str, Any]]:
     """The groups that hold a whole episode."""
     for path in sorted(folder.glob("episodes*.jsonl")):
-        yield from (line for line in json_lines(path.read_text(errors="replace")) if "path" in line)
+        yield from (line for line in json_lines(path.read_text(errors="replace", encoding="utf-8")) if "path" in line)
 
 
 def rates(found: Mapping[Work, Sequence[Mapping[str, Any]]], wanted: Sequence[Work]) -> dict[int, dict[str, Rate]]:

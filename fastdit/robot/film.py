@@ -34,7 +34,7 @@ def show(folder: Path, episode: Mapping[str, Any], others: Sequence[Mapping[str,
     gif = folder / "episode.gif"
     with tempfile.TemporaryDirectory() as scratch:
         told = Path(scratch) / "episode.json"
-        told.write_text(json.dumps(dict(episode)))
+        told.write_text(json.dumps(dict(episode)), encoding="utf-8")
         for way in WAYS:
             command = [sys.executable, "-m", "fastdit.robot.film", str(told), str(gif)]
             environment = {**os.environ, "MUJOCO_GL": way, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -85,4 +85,4 @@ def plot(out: Path, episodes: Sequence[Mapping[str, Any]]) -> Path | None:
 
 
 if __name__ == "__main__":
-    render(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    render(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))

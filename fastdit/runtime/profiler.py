@@ -83,7 +83,7 @@ class Profiler:
         path = self.folder / f"{self.images_seen:09d}.json.gz"
         trace.export_chrome_trace(str(path))
         text = table(kinds(own_times(trace.key_averages(), self.device), self.steps), seconds, self.steps)
-        path.with_name(f"{self.images_seen:09d}.txt").write_text(text + "\n")
+        path.with_name(f"{self.images_seen:09d}.txt").write_text(text + "\n", encoding="utf-8")
         self.say(f"{text}\n{path}")
 
 

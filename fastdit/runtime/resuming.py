@@ -114,5 +114,5 @@ def has_worked(folder: Path, config: Config, num_ranks: int) -> bool:
 def record_changes(folder: Path, changed: list[str], images_seen: int) -> None:
     """Append the deliberate changes of a resumed run to changes.jsonl."""
     if changed:
-        with (folder / CHANGES).open("a") as file:
+        with (folder / CHANGES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"images": images_seen, "changed": changed}) + "\n")

@@ -29,7 +29,7 @@ CHECKPOINTS, OWNER = "checkpoints", "run"
 def save_config(config: Config, path: Path) -> None:
     """Write config.json, unless it says the same already. Raises OSError."""
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2) + "\n"
-    if not path.is_file() or path.read_text() != text:
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
 
 
@@ -39,7 +39,7 @@ def load_config(path: Path) -> Config:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > LIMIT:
             raise ValueError(f"not a plain file of at most {LIMIT} bytes")
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable config ({plain(error, 200)})") from None
     written = data.pop("format", 1) if isinstance(data, dict) else 1
@@ -196,7 +196,7 @@ def create_place(folder: Path, config: Config) -> None:
         return
     if not (folder / CONFIG).exists():
         found.mkdir()  # whoever makes it has it
-    if not (found / OWNER).is_file() or (found / OWNER).read_text() != owner:
+    if not (found / OWNER).is_file() or (found / OWNER).read_text(encoding="utf-8") != owner:
         write_text(found / OWNER, owner)
 
 

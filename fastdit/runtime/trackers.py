@@ -75,13 +75,13 @@ def _wandb(folder: Path, project: str, settings: Mapping[str, Any]) -> Any:
 
     id_file = folder / "wandb.id"  # a resumed run goes on where it was
     if not id_file.exists():
-        id_file.write_text(secrets.token_hex(8))
+        id_file.write_text(secrets.token_hex(8), encoding="utf-8")
     try:
         run = wandb.init(
             project=project,
             name=folder.name,
             dir=str(folder),
-            id=id_file.read_text(),
+            id=id_file.read_text(encoding="utf-8"),
             resume="allow",
             config=dict(settings),
         )

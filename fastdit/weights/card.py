@@ -100,7 +100,7 @@ def write_card(trained: Trained, out: Path, format: str, name: str, weights: str
     recipe = {group: getattr(config, group) for group in (("model", "diffusion", "train") if own else ("model", "diffusion"))}
     shown = json.dumps({name: dataclasses.asdict(value) for name, value in recipe.items()}, indent=1)
     lines += ["", "## Recipe" if own else "## Settings", "", "```json", shown, "```", ""]
-    (out / "README.md").write_text("\n".join(lines))
+    (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def conditions(m: ModelConfig) -> str:
@@ -114,7 +114,7 @@ def figures(trained: Trained) -> dict[str, float]:
     """The last line of the run's metrics that the weights had seen, as far as it is known."""
     path, last = trained.run / "metrics.jsonl", {}
     if trained.images_seen is not None and path.is_file():
-        for text in path.read_text(errors="replace").splitlines():
+        for text in path.read_text(errors="replace", encoding="utf-8").splitlines():
             try:
                 line = json.loads(text)
             except (ValueError, RecursionError):  # cut short by a kill

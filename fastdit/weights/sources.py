@@ -204,7 +204,7 @@ def configured(run: Config, weights: Weights, vae: str, name: str) -> Config:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable ({plain(error, 200)})") from None
     if not isinstance(about, dict):

@@ -221,7 +221,7 @@ def main() -> None:
         about = {"kind": "bounds from the compiled code, not measurements", "samples": SAMPLES, "tokens": TOKENS}
         versions = {"torch": torch.__version__, "triton": triton.__version__}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({**about, **versions, "rows": rows}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({**about, **versions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
