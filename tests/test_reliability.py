@@ -558,7 +558,7 @@ ENDS = [
 def test_exit_codes_by_either_way_of_starting(tmp_path, what, way, code, soaked):
     """torchrun has 1 for all that is not 0, and adds lines of its own. Ours is one line, and what could be saved is."""
     arguments = {"usage": ["--data.path", "/nowhere"], "disk": ["--log.save_every", "80"]}.get(what, [])
-    started, log = launch(way, tmp_path, arguments, 100_000 if what == "disk" else 0), tmp_path / "log"
+    started, log = launch(way, tmp_path, arguments, 300_000 if what == "disk" else 0), tmp_path / "log"
     if what.startswith("SIG"):
         end = time.monotonic() + 200
         while "img/s" not in log.read_text() and started.poll() is None and time.monotonic() < end:
@@ -570,10 +570,7 @@ def test_exit_codes_by_either_way_of_starting(tmp_path, what, way, code, soaked)
     ours = next((i for i, line in enumerate(lines) if re.match(r"\[?[WE]\d{4} |Traceback", line)), len(lines))
     if what.startswith("SIG"):
         assert errors == []
-        assert (
-            sum(line.startswith(f"stopped by signal {int(signal.Signals[what])} at") for line in lines) == 1
-            or way == "torchrun"
-        )
+        assert any(line.startswith(f"stopped by signal {int(signal.Signals[what])} at") for line in lines)
         assert len(list((tmp_path / "runs" / "cats" / "checkpoints").iterdir())) == 1
     else:
         said = "--data.path /nowhere: no such folder" if what == "usage" else "was not saved: rank 0: File too large ("
