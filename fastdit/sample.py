@@ -27,10 +27,12 @@ from fastdit.data import classes, encoding, vae
 from fastdit.data.arrays import read_conditions
 from fastdit.given import Given, asked
 from fastdit.model import DiT
+from fastdit.modulations import Modulations
 from fastdit.planning import memory as footprint
-from fastdit.runtime import ranks
+from fastdit.runtime import ranks, rng
 from fastdit.runtime.hardware import memory_bytes
 from fastdit.runtime.ranks import World
+from fastdit.steps import EulerSteps
 from fastdit.weights.averages import at_length
 from fastdit.weights.folder import Located, load_model, locate
 
@@ -215,10 +217,14 @@ def _decoder(config: Config, device: torch.device) -> vae.VAE | None:
 # --- one picture at a time ---
 
 
+Ahead = tuple[Modulations, list[Tensor]]  # and each step's, where a flow's steps are one function
+
+
 class Sampler:
     """A trained model for a control loop: `policy = Sampler.load(folder, steps=1)`, then `policy(label)` for each sample.
 
-    It is warm once it is made. No state is global, and one object serves one thread: a second thread takes its own.
+    It is warm once it is made: a flow's steps are then one CUDA graph, where there is a GPU. No state is global, and one object
+    serves one thread: a second thread takes its own.
     """
 
     def __init__(self, source: Located, compile: bool = False, device: torch.device | None = None):
@@ -228,9 +234,14 @@ class Sampler:
         if compile:
             sampling.compiled(self.model, device)
         self.decoder = vae.of(source.config, device, source.latents_by) or source.normaliser
-        self.modulations: dict[int | None, sampling.Modulations] = {}  # of each class asked for
-        m = source.config.model
-        self(0 if m.num_classes else None, condition=torch.zeros(m.condition) if m.condition else None)
+        self.modulations: dict[int | None, Ahead] = {}  # of each class asked for
+        m, s, flow = source.config.model, source.config.sample, source.config.diffusion
+        self.euler: EulerSteps | None = None
+        if flow.kind == "flow" and s.guidance == 1:
+            times = sampling.sampling_times(flow, s.steps)
+            self.euler = EulerSteps(self.model, flow, times, 1, device, graph=device.type == "cuda" and not compile)
+        for _ in range(self.euler.warm_ups if self.euler else 1):
+            self(0 if m.num_classes else None, condition=torch.zeros(m.condition) if m.condition else None)
 
     @classmethod
     def load(cls, source: str | Path, steps: int | None = None, **options: bool | str) -> "Sampler":
@@ -253,20 +264,26 @@ class Sampler:
         label: the class, for a model that has classes. condition: K numbers, for one that has a condition. Of a model of arrays
         both that and the sample [C, *size] are in physical units. Raises UserError for a condition of another width.
         """
-        m = self.config.model
+        m, device = self.config.model, self.world.device
         given = asked(m, 1, sampling.labels(self.config, number, 1, label), condition, length)
         given = sampling.prepared(given, self.config, self.decoder, 1)
-        key = None if given.y is None else int(given.y)
-        if m.condition:
-            modulations = sampling.ahead(self.model, self.config, given, 1, self.world.device)
+        modulations, each = self._ahead(given)
+        if self.euler is None or given.length is not None:
+            x0 = sampling.x0_of(self.model, self.config, given, modulations, number, 1, seed)
         else:
-            if key not in self.modulations:
-                if len(self.modulations) >= CLASSES_KEPT:
-                    del self.modulations[next(iter(self.modulations))]
-                self.modulations[key] = sampling.ahead(self.model, self.config, given, 1, self.world.device)
-            modulations = self.modulations[key]
-        x0 = sampling.x0_of(self.model, self.config, given, modulations, number, 1, seed)
+            x0 = self.euler(rng.normal((m.channels, *m.input_size), seed, "sample noise", number, 1, device), each).clone()
         return sampling.decoded(x0, given, self.decoder)[0]
+
+    def _ahead(self, given: Given) -> Ahead:
+        """The modulation of all steps: kept by class, computed anew for a condition."""
+        key = None if given.y is None else int(given.y)
+        if key in self.modulations and not self.config.model.condition:
+            return self.modulations[key]
+        if len(self.modulations) >= CLASSES_KEPT:
+            del self.modulations[next(iter(self.modulations))]
+        found = sampling.ahead(self.model, self.config, given, 1, self.world.device)
+        self.modulations[key] = found, [found.at(time) for time in found.times] if self.euler else []
+        return self.modulations[key]
 
 
 def latency(sampler: Sampler, label: int | None, calls: int = LATENCY_CALLS, given: Given | None = None) -> str:

@@ -24,6 +24,8 @@ from fastdit.recipes import RECIPES
 from fastdit.runtime import graph as graphs
 from fastdit.runtime import ranks, sharding
 from fastdit.runtime.graph import Graphed
+from fastdit.sampling import sampling_times
+from fastdit.steps import EulerSteps
 
 REFUSED = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "randn", "rand", "normal_", "uniform_", "bernoulli_")
 
@@ -206,3 +208,26 @@ def test_when_a_step_is_a_graph():
     assert not graphs.graphs(auto, world(2, "cuda"))
     assert not graphs.graphs(auto, world(1, "cpu"))
     assert not graphs.graphs(dataclasses.replace(auto, graph="off"), world(1, "cuda"))
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_all_steps_of_sampling_are_one_graph(steps):
+    """After `warm_ups` calls noise and modulation change from replay to replay."""
+    settings = config(model={"jumps": True})
+    model = DiT(settings.model, REFERENCE).eval().requires_grad_(False)
+    model.init_weights(0)
+    model.final_layer.linear.weight.normal_(generator=torch.Generator().manual_seed(0))
+    times, recorded = sampling_times(settings.diffusion, steps), Recorded()
+    graphed = EulerSteps(model, settings.diffusion, times, 1, torch.device("cpu"), graph=True, backend=recorded)
+    plain = EulerSteps(model, settings.diffusion, times, 1, torch.device("cpu"))
+    for _ in range(graphed.warm_ups):
+        assert not recorded.captures
+        graphed(torch.randn(1, 3, 8, 8), [torch.randn(1, 14, 32) for _ in times])
+    assert len(recorded.captures) == 1
+    found = []
+    for _ in range(3):
+        noise, modulations = torch.randn(1, 3, 8, 8), [torch.randn(1, 14, 32) for _ in times]
+        found.append(graphed(noise.clone(), modulations).clone())
+        assert torch.equal(found[-1], plain(noise.clone(), modulations))
+    assert not torch.equal(found[0], found[1])
+    assert len(recorded.captures) == 1

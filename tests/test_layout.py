@@ -21,7 +21,7 @@ RANKS = [
     {"config"},
     {"runtime", "robot.simulator", "recipes", "embeddings", "given", "posthoc", "consistency", "bound"},
     {"command", "pictures", "model", "modulations", "diffusion", "ema", "checkpoint", "meter", "data"},
-    {"optim", "sampling", "weights", "panel"},
+    {"optim", "sampling", "steps", "weights", "panel"},
     {"weights.pipeline", "quality", "planning", "robot"},
     {"train", "encode", "sample", "convert", "export", "plan", "evaluate", "report"},
 ]

@@ -1,6 +1,7 @@
 """sample.py beyond pictures by number: classes by name, captions, one picture at a time, what is refused unbuilt."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fastdit import sample, sampling
 from fastdit.config import UserError
 from fastdit.data.cats import COLOURS
 from fastdit.model import DiT
+from fastdit.modulations import FEW
 from fastdit.planning.memory import num_parameters
 from fastdit.recipes import RECIPES
 from fastdit.runtime.run import load_config, save_config
@@ -164,3 +166,33 @@ def test_figures_of_latency_are_those_of_the_times(folder, monkeypatch):
     said = sample.latency(policy, 0, calls=10)
     assert said.startswith("10 calls at batch 1, 2 steps each: median 5.50 ms, ")
     assert said.endswith(f"{20 / 0.055:,.1f} evaluations per second")
+
+
+@pytest.mark.parametrize("diffusion", [{}, {"kind": "ddpm", "prediction": "epsilon", "flow_t": "uniform"}])
+def test_a_sampler_a_thread_makes_what_one_alone_makes(folder, tmp_path, diffusion):
+    """No state is global: four threads, each with an object of its own, call at once."""
+    path = folder_of(tmp_path / "weights", diffusion=diffusion) if diffusion else folder
+    alone = Sampler.load(path, steps=2, precision="fp32")
+    wanted = [[alone(label, seed=label, number=n) for n in range(6)] for label in range(4)]
+    policies = [Sampler.load(path, steps=2, precision="fp32") for _ in range(4)]
+
+    def calls(label: int) -> list[torch.Tensor]:
+        return [policies[label](label, seed=label, number=n) for n in range(6)]
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(calls, range(4)))
+    for ours, theirs in zip(found, wanted, strict=True):
+        for got, want in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 20])
+def test_a_taught_model_jumps_in_a_sampler_as_in_sample(tmp_path, steps):
+    policy = Sampler.load(folder_of(tmp_path, model={"patch": 8, "jumps": True}), steps=steps, precision="fp32")
+    made = sampling.make(policy.model, policy.config, None, policy.world, first=5, count=1, seed=3, label=7)[0]
+    assert torch.equal(sampling.to_uint8(policy(7, seed=3, number=5)), made)
+    before = policy(7)
+    with torch.no_grad():
+        policy.model.jump_embedder[2].bias += 1
+    policy.modulations.clear()
+    assert torch.equal(policy(7), before) == (steps > FEW)  # a longer schedule follows plain flow
