@@ -36,13 +36,13 @@ def facts(
         "model": f"{count(parameters)} parameters, {flops_per_image / 1e9:.4g} GFLOP per training image",
         "batch": f"{t.batch} per rank × {ranks} × {micro} = {batch:,} images",
         "length": f"{t.images:,} images = {plural(-(-t.images // batch), 'step')}",
-        "numbers": numbers(config, world.device),
+        "numbers": numbers(config, world.device, data.lengths),
         "MFU": f"of {peak:g} TFLOP/s per device" if peak else "not shown: unknown peak; --log.peak_tflops gives it",
     }
 
 
-def numbers(config: Config, device: torch.device) -> str:
-    """What the network computes in and with."""
+def numbers(config: Config, device: torch.device, lengths: bool = False) -> str:
+    """What the network computes in and with. lengths: whether samples have padding."""
     chosen, dtype = choose_ops(config, device), precision(config.parallel.precision, device)
     if not has_bf16(device):
         dtype += " (no bf16 in this device)" if dtype == "fp32" else " (not in this device's instructions: fp32 is much faster)"
@@ -52,7 +52,9 @@ def numbers(config: Config, device: torch.device) -> str:
     attention = (
         "eager" if chosen.attention is eager else "SDPA" if chosen.attention in (sdpa, sdpa_cudnn_first) else "flash-attn"
     )
-    return f"{dtype}, {kernels} kernels, {attention} attention"
+    if lengths:
+        attention = "SDPA with a mask of the padding" + (" (flash-attn takes none)" if attention == "flash-attn" else "")
+    return f"{dtype}, {kernels} kernels, {attention}{'' if lengths else ' attention'}"
 
 
 def show(facts: dict[str, str], console: Console | None = None) -> None:

@@ -18,6 +18,7 @@ from fastdit import config as C
 from fastdit import consistency, train
 from fastdit.config import Config, ParallelConfig
 from fastdit.diffusion import choose_objective, draw
+from fastdit.given import Given
 from fastdit.model import DiT
 from fastdit.optim import Optimizer
 from fastdit.recipes import RECIPES
@@ -103,6 +104,14 @@ def config(**groups) -> Config:
     return C.replace(tiny, **groups)
 
 
+def given_of(config: Config, rng: torch.Generator) -> Given:
+    """Classes of four images; with a condition also that and, along the rows, lengths, which differ from step to step."""
+    if not config.model.condition:
+        return Given(torch.arange(4))
+    condition = torch.randn(4, config.model.condition, generator=rng)
+    return Given(torch.arange(4), condition, torch.randint(1, 9, (4,), generator=rng))
+
+
 def trained(config: Config, graphed: bool, kernel: bool, steps: int) -> tuple[list[float], dict[str, torch.Tensor], list[str]]:
     """Losses and norms of some steps, one of them not finite; every tensor after them; and lines that were said."""
     world = ranks.init(config.parallel)
@@ -125,12 +134,14 @@ def trained(config: Config, graphed: bool, kernel: bool, steps: int) -> tuple[li
             if number == steps - 2:
                 x0[0, 0, 0, 0] = torch.nan
             jumps = consistency.on(config, number * config.train.batch * config.train.grad_accum)
-            drawn.append(draw(objective, x0, torch.arange(4), 0, 4 * (number * config.train.grad_accum + micro), jumps))
+            first = 4 * (number * config.train.grad_accum + micro)
+            drawn.append(draw(objective, x0, given_of(config, rng), 0, first, jumps))
         loss, norm = step(drawn, optimizer.rates(number * config.train.batch * config.train.grad_accum))
         found += [loss.item(), norm.item()]
         if number == 4:  # a grid between two steps
             with optimizer.ema.applied(model), torch.no_grad():
-                found.append(model(x0, torch.zeros(4), torch.arange(4)).sum().item())
+                given = given_of(config, rng)
+                found.append(model(x0, torch.zeros(4), given.y, **given.beside).sum().item())
     if graphed and not said:
         assert len(recorded.captures) == 1 + (config.diffusion.consistency > 0)
         assert config.diffusion.consistency or step.calls == steps
@@ -147,11 +158,22 @@ def trained(config: Config, graphed: bool, kernel: bool, steps: int) -> tuple[li
         ({"train": {"grad_accum": 2}}, True),
         ({"diffusion": {"kind": "flow", "model_guidance": 0.3}, "parallel": {"precision": "fp32"}}, False),
         ({"model": {"learn_sigma": True}, "diffusion": {"kind": "ddpm"}}, False),
+        ({"model": {"condition": 3}, "diffusion": {"model_guidance": 0.3}}, False),
         # From the fifth step on with jumps: another graph.
         ({"model": {"jumps": True}, "diffusion": {"consistency": 0.75, "model_guidance": 0.3}}, False),
         ({"model": {"jumps": True}, "diffusion": {"consistency": 0.75}}, True),
     ],
-    ids=["bf16", "kernel", "accumulated", "kernel, accumulated", "flow", "learned variance", "jumps", "kernel, jumps"],
+    ids=[
+        "bf16",
+        "kernel",
+        "accumulated",
+        "kernel, accumulated",
+        "flow",
+        "learned variance",
+        "conditions and lengths",
+        "jumps",
+        "kernel, jumps",
+    ],
 )
 def test_a_replayed_step_is_the_step_to_the_bit(run_ranks, groups, kernel):
     """Learning rate, averages' weight, step counts, batches, noise and skips all change from replay to replay."""

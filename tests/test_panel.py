@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fastdit_kernels.reference import REFERENCE
 from rich.console import Console
 
 from fastdit import panel
@@ -18,7 +19,7 @@ from fastdit.runtime.ranks import World
 def facts(monkeypatch):
     """The panel's lines for a run of two ranks on a CPU with bf16, with what the test changes."""
     monkeypatch.setattr(panel, "has_bf16", lambda device: True)
-    pack = SimpleNamespace(manifest=SimpleNamespace(count=20_000, num_classes=15), resident=True)
+    pack = SimpleNamespace(manifest=SimpleNamespace(count=20_000, num_classes=15, lengths=False), resident=True)
     world = World(0, 2, 0, 2, torch.device("cpu"))
 
     def make(images_seen: int = 0, name: str = "cats", **groups) -> dict[str, str]:
@@ -61,3 +62,12 @@ def test_a_panel_in_a_terminal(facts):
 def test_precision_that_the_device_lacks_is_said(facts, monkeypatch):
     monkeypatch.setattr(panel, "has_bf16", lambda device: False)
     assert "not in this device's instructions" in facts()["numbers"]
+
+
+def test_attention_with_padding_is_said(monkeypatch):
+    config, cpu = replace(RECIPES["cats"], parallel={"precision": "bf16"}), torch.device("cpu")
+    monkeypatch.setattr(panel, "has_bf16", lambda device: True)
+    assert panel.numbers(config, cpu, lengths=True).endswith("kernels, SDPA with a mask of the padding")
+    flash = REFERENCE._replace(attention=lambda qkv: qkv)
+    monkeypatch.setattr(panel, "choose_ops", lambda config, device: flash)
+    assert panel.numbers(config, cpu, lengths=True).endswith("SDPA with a mask of the padding (flash-attn takes none)")

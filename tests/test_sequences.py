@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastdit_kernels.attention import sdpa
 from fastdit_kernels.cpu import CPU
 from fastdit_kernels.reference import REFERENCE
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ from fastdit import config as C
 from fastdit import sample, train
 from fastdit.config import Config, DiffusionConfig, ModelConfig, UserError
 from fastdit.data.cats import Cats
-from fastdit.data.normaliser import Normaliser
+from fastdit.data.normaliser import Affine, Normaliser
 from fastdit.diffusion import DDPM, Drawn, Flow, Labels, draw, mean_within
 from fastdit.export import Options as ExportOptions
 from fastdit.export import export
@@ -27,8 +28,10 @@ from fastdit.model import DiT, named_shapes
 from fastdit.optim import Optimizer
 from fastdit.planning.memory import num_parameters
 from fastdit.recipes import RECIPES
-from fastdit.runtime import saved
+from fastdit.runtime import saved, sharding
 from fastdit.sampling import sample as draw_samples
+from fastdit.weights.folder import save_pretrained
+from fastdit.weights.start import start_from
 
 SEQUENCE = ModelConfig(
     input_size=(12,), channels=3, num_classes=4, condition=5, patch=1, depth=2, width=32, num_heads=2, conv_kernel=4
@@ -222,6 +225,38 @@ def test_compiled_blocks_leave_the_padding_out_too():
     torch.testing.assert_close(found[1][inside], found[0][inside], rtol=1e-5, atol=1e-5)
 
 
+def test_padding_changes_no_bit_in_bf16_and_under_recomputation():
+    x, t, given = inputs(SEQUENCE)
+    inside, found = within(x, given.length), []
+    for poison in (0.0, torch.nan):
+        model = random_model(SEQUENCE, CPU).bfloat16()
+        sharding.checkpoint(model, C.ParallelConfig(checkpoint_activations=True))
+        out = model(torch.where(inside, x, poison), t, given.y, condition=given.condition, length=given.length)
+        torch.where(inside, out, 0).square().sum().backward()
+        found.append((torch.where(inside, out, 0), *(p.grad for p in model.parameters())))
+    assert all(part.isfinite().all() for part in found[0])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_kernels_leave_the_padding_out_too(device):
+    """GELU of what stands there is 0 in the Triton kernel too, forward and backward."""
+    from fastdit_kernels.triton_ops import TRITON  # here: after the interpreter has been chosen, where there is no GPU
+
+    config = CASES["image"]
+    x, t, given = (
+        part.to(device) if isinstance(part, torch.Tensor) else part.each(lambda p: p.to(device)) for part in inputs(config, 2)
+    )
+    inside, found = within(x, given.length), []
+    for ops, poison in ((REFERENCE, 0.0), (TRITON, 0.0), (TRITON, torch.nan)):
+        model = random_model(config, ops._replace(attention=sdpa)).to(device)
+        out = model(torch.where(inside, x, poison), t, given.y, condition=given.condition, length=given.length)
+        torch.where(inside, out, 0).square().sum().backward()
+        found.append((torch.where(inside, out, 0), *(p.grad for p in model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(found[1], found[2], strict=True))
+    for a, b in zip(found[0], found[1], strict=True):
+        assert (a - b).abs().max() <= 1e-3 * a.abs().max()
+
+
 # --- bad input ---
 
 
@@ -250,6 +285,31 @@ def test_the_network_itself_names_a_condition_of_another_width():
         model(x, t, given.y, condition=given.condition[:, :4])
     with pytest.raises(UserError, match="no condition; this model takes 5 numbers"):
         model(x, t, given.y)
+
+
+def test_a_start_from_other_conditions_says_what_is_new(tmp_path):
+    def config(**model) -> Config:
+        model = {**dataclasses.asdict(SEQUENCE), **model}
+        return C.replace(Config(), model=model, data={"kind": "arrays", "path": "x"}, diffusion={"clip_x0": False})
+
+    theirs = config()
+    model = random_model(theirs.model)
+    model.normaliser = Normaliser("mean_std", Affine((0.0,) * 3, (1.0,) * 3), Affine((0.0,) * 5, (1.0,) * 5))
+    save_pretrained(model, tmp_path / "theirs", theirs)
+    for change, said in (
+        ({}, "34 of 34 tensors"),
+        ({"condition": 7}, "the condition of 7 numbers, or its null, is initialised"),
+        ({"condition": 0}, "its condition of 5 numbers is left out"),
+        ({"input_size": (20,)}, "position embedding interpolated from 12 to 20 tokens"),
+    ):
+        ours = config(**change)
+        ours_model = DiT(ours.model, REFERENCE)
+        ours_model.init_weights(0)
+        assert said in start_from(ours_model, str(tmp_path / "theirs"), ours), change
+        assert torch.equal(ours_model.x_embedder.weight, model.x_embedder.weight)
+    other = config(input_size=(4, 3))
+    with pytest.raises(UserError, match="sequences, images and videos do not start from each other"):
+        start_from(DiT(other.model, REFERENCE), str(tmp_path / "theirs"), other)
 
 
 # --- whole runs ---

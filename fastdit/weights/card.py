@@ -28,6 +28,10 @@ pipe = FastDiTPipeline.from_pretrained("{out}")
 pipe({labels}num_inference_steps=20).images""",
 }
 OPEN["release"] = OPEN["fastdit"]
+ARRAYS = """import fastdit
+
+model = fastdit.load("{out}")
+samples = fastdit.sample(model, num=4{condition})  # fp32 {shape}, in the units of the data"""
 FIGURES = {
     "loss": "loss",
     "img_per_s": "images per second",
@@ -63,7 +67,8 @@ def write_card(trained: Trained, out: Path, format: str, name: str, weights: str
     if format == "pipeline":
         labels = f"{labels}, " if m.num_classes else "num_images=4, "
     lines = ["---", f"library_name: {'diffusers' if format in ('diffusers', 'pipeline') else 'fastdit'}"]
-    lines += [f"license: {license or ('unknown' if own else 'other')}", "pipeline_tag: unconditional-image-generation"]
+    lines += [f"license: {license or ('unknown' if own else 'other')}"]
+    lines += ["pipeline_tag: unconditional-image-generation"] if d.kind == "images" else []
     lines += ["tags: [diffusion-transformer, fastdit]", "---", "", f"# {config.run.name or out.name}", ""]
     kernel = times((m.conv_kernel,) * min(2, len(m.input_size)))
     mlp = f"MLP with a {kernel} depthwise convolution" if m.conv_kernel else "plain MLP"
@@ -80,7 +85,11 @@ def write_card(trained: Trained, out: Path, format: str, name: str, weights: str
         lines += [f"![Samples after {int(grids[-1].stem):,} images](samples.png)", ""]
     if (out / "curve.svg").is_file():
         lines += ["![Training, over images seen](curve.svg)", ""]
-    lines += ["```python", OPEN[format].format(out=name, labels=labels), "```", ""]
+    lines += [
+        "```python",
+        ARRAYS.format(**arrays(m, name)) if d.kind == "arrays" else OPEN[format].format(out=name, labels=labels),
+    ]
+    lines += ["```", ""]
     if license:
         lines += [f"Licence: {license}.", ""]
     elif own:
@@ -108,6 +117,12 @@ def conditions(m: ModelConfig) -> str:
     found = [f"{m.num_classes} classes"] if m.num_classes else []
     found += [f"a vector of {m.condition} numbers"] if m.condition else []
     return " and ".join(found) or "unconditional"
+
+
+def arrays(m: ModelConfig, name: str) -> dict[str, str]:
+    """What ARRAYS says of a model of arrays."""
+    condition = f", condition={[0.0] * m.condition if m.condition <= 4 else f'[0.0] * {m.condition}'}" if m.condition else ""
+    return {"out": name, "condition": condition, "shape": str([4, m.channels, *m.input_size])}
 
 
 def figures(trained: Trained) -> dict[str, float]:

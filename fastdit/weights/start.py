@@ -61,6 +61,8 @@ def start_from(model: DiT, source: str, config: Config) -> str:
         notes.append(
             f"it saw latents of {found.config.data.vae or 'no autoencoder'}, this run's are of {config.data.vae or 'none'}"
         )
+    if theirs.condition and not config.model.condition:
+        notes.append(f"its condition of {theirs.condition} numbers is left out")
     total = len(list(named_shapes(config.model)))
     return "; ".join([f"started from {source}: {taken} of {total} tensors taken as they are", *dict.fromkeys(notes)])
 
@@ -72,6 +74,10 @@ def _adapt(name: str, given: dict[str, Tensor], initial: Tensor, ours: ModelConf
         return _positions(old, initial, ours, theirs)
     if name == "y_embedder.weight":
         return _classes(old, initial, ours, theirs)
+    if name.startswith("c_embedder"):
+        if old is not None and old.shape == initial.shape:
+            return old, ""
+        return initial, f"the condition of {ours.condition} numbers, or its null, is initialised"
     if name.startswith("jump_embedder") and old is None:
         return initial, "the length of a step is new: at 0 the network is as it was"
     assert old is not None, "SHAPES decides every other name"
