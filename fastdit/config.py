@@ -80,6 +80,7 @@ class ModelConfig:
     conv_kernel: int = 3  # side of the depthwise convolution in the MLP: 3, 4 or 5, of a sequence also 7; 0: plain MLP
     class_dropout: float = 0.0  # share of samples trained without class and condition, for classifier-free guidance
     qk_norm: bool = False  # RMS-normalise q and k per head
+    token_drop: bool = False  # train the middle blocks on one token in four, but for the run's last tenth
     input_size: Derived[tuple[int, ...]] = (32, 32)  # rows and columns the network sees: pixels, the VAE's latents; or a grid
     channels: Derived[int] = 3  # of the network's input
     num_classes: Derived[int] = 15  # 0: unconditional
@@ -161,6 +162,7 @@ class TrainConfig:
     init_from: str | None = None  # run, checkpoint, export, safetensors or hub id to start from; by default random weights
     grad_clip: Derived[float] = 1.0  # global norm; 0: off
     beta2: Derived[float] = 0.999  # AdamW; beta1 is 0.9
+    whole_share: Derived[float] = 0.1  # of the run, at its end, that trains on all tokens
     max_skips: Derived[int] = 20  # skipped steps in a row that stop the run
 
 

@@ -91,17 +91,28 @@ class Drawn(NamedTuple):
     t: Tensor  # [B], as the objective's `timesteps` returns it
     given: Given  # some of it dropped
     jump: Jump | None = None  # [n], of the images that learn jumps, where there are any
+    corners: Tensor | None = None  # int64 [B, rows, columns], which token of each 2×2 cell the middle blocks see; None: all
 
 
-def draw(objective: "Objective", x0: Tensor, given: Given | Tensor | None, seed: int, first: int, jumps: bool = False) -> Drawn:
+def draw(
+    objective: "Objective",
+    x0: Tensor,
+    given: Given | Tensor | None,
+    seed: int,
+    first: int,
+    jumps: bool = False,
+    cells: tuple[int, ...] | None = None,
+) -> Drawn:
     """What images first … first + B - 1 of the run are trained on; x0 [B, C, *size] holds them, given their labels or more.
 
     jumps: whether some of them learn jumps, under flow. first and B are then multiples of consistency_every.
+    cells: rows and columns of 2×2 cells of tokens, where some are dropped.
     """
     x0 = x0.float()
     noise = rng.normal(tuple(x0.shape[1:]), seed, "noise", first, len(x0), x0.device)
     given = objective.labels.drop(Given.of(given), seed, first)
-    drawn = Drawn(x0, noise, objective.timesteps(seed, first, len(x0)), given)
+    corners = (4 * rng.uniform(cells, seed, "token drop", first, len(x0), x0.device)).long() if cells else None
+    drawn = Drawn(x0, noise, objective.timesteps(seed, first, len(x0)), given, corners=corners)
     if not jumps:
         return drawn
     assert isinstance(objective, Flow)
@@ -157,7 +168,7 @@ class Flow:
         """The loss of each image of what was drawn, fp32 [B]."""
         if drawn.jump is not None:
             return self._losses_with_jumps(model, drawn, drawn.jump)
-        x0, noise, t, given, _ = drawn
+        x0, noise, t, given, *_ = drawn
         x_t, target = self.corrupt(x0, noise, t)
         unlabelled = self.labels.unlabelled(model, x_t, t, given)  # before the forward that keeps activations
         prediction = evaluate(model, x_t, t, given, x0.shape[1])
@@ -175,7 +186,7 @@ class Flow:
         A jump's loss is that of its velocity times its length: where x0 is predicted, jumps of all lengths then count about
         alike, while the velocity's own is large near the data. Its target has the guidance that the network has learnt.
         """
-        x0, noise, t, given, _ = drawn
+        x0, noise, t, given, *_ = drawn
         every, timesteps, channels = self.config.consistency_every, self.config.timesteps, x0.shape[1]
         x_t, target = self.corrupt(x0, noise, t)
         (x, from_x), (start, _), (truth, _) = (consistency.split(whole, every) for whole in (x_t, t, target))
@@ -254,7 +265,7 @@ class DDPM:
 
     def losses_of(self, model: Network, drawn: Drawn) -> Tensor:
         """The loss of each image of what was drawn, fp32 [B]."""
-        x0, noise, t, given, _ = drawn
+        x0, noise, t, given, *_ = drawn
         x_t, target = self.corrupt(x0, noise, t)
         unlabelled = self.labels.unlabelled(model, x_t, t, given)  # before the forward that keeps activations
         out = evaluate(model, x_t, t, given, x0.shape[1] * (2 if self.bound else 1))

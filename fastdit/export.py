@@ -198,6 +198,7 @@ def to_diffusers(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[dict[
         (config.conv_kernel, "has no depthwise convolution"),
         (config.qk_norm, "has no QK-norm"),
         (config.jumps, "is not given the length of a step"),
+        (config.token_drop, "has no skip past its middle blocks"),
         (config.mlp_ratio != 4, "has an MLP of four times the width"),
         (len(set(config.input_size)) > 1 or len(config.input_size) != 2, "sees squares"),
         (config.time_embedding != "diffusers", "embeds t otherwise; a model that started from diffusers' weights fits"),

@@ -31,6 +31,7 @@ from fastdit.embeddings import (
 from fastdit.runtime.hardware import compute_dtype
 from fastdit.runtime.rng import generator
 from fastdit.runtime.sharding import fill
+from fastdit.tokendrop import Fusion, ends, thin
 
 OFF = -1e4  # GELU of it is 0 to the last bit that any sum of activations keeps; fp16 holds it
 
@@ -65,7 +66,7 @@ class DepthwiseMLP(nn.Module):
         super().__init__()
         D, F_, K = config.width, config.mlp_ratio * config.width, config.conv_kernel
         self.gelu_dwconv = ops.gelu_dwconv
-        self.grid = config.grid
+        self.grid, self.num_tokens = config.grid, config.num_tokens
         self.fc1 = nn.Linear(D, F_)
         of_grid = nn.Conv1d if len(self.grid) == 1 else nn.Conv2d  # a video is convolved frame by frame
         self.conv = of_grid(F_, F_, K, groups=F_)  # holds the parameters; the op computes
@@ -76,7 +77,9 @@ class DepthwiseMLP(nn.Module):
         h = F.linear(m, self.fc1.weight)  # [B, T, F]
         if valid is not None:  # the convolution then sees beyond a sequence's end what it sees beyond the grid
             h = h.masked_fill(~valid.unsqueeze(2), OFF)
-        z = self.gelu_dwconv(h, self.fc1.bias, self.conv.weight, self.conv.bias, *self.grid)
+        # With token drop, also a grid of half the rows and columns.
+        grid = self.grid if h.shape[1] == self.num_tokens else tuple(side // 2 for side in self.grid)
+        z = self.gelu_dwconv(h, self.fc1.bias, self.conv.weight, self.conv.bias, *grid)
         return F.linear(z, self.fc2.weight)
 
 
@@ -161,6 +164,7 @@ class DiT(nn.Module):
         # One projection makes every block's six vectors and the final layer's two: they all read the same SiLU(c).
         self.adaLN_modulation = nn.Linear(D, (6 * L + 2) * D)
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(L))
+        self.fusion = Fusion(D) if config.token_drop else None
         self.final_layer = FinalLayer(config)
 
     @classmethod
@@ -198,6 +202,7 @@ class DiT(nn.Module):
         jump: Tensor | None = None,
         condition: Tensor | None = None,
         length: Tensor | None = None,
+        corners: Tensor | None = None,
     ) -> Tensor:
         """Predict noise (or v, x0, velocity) from x [B, C, *input_size] at t [B], 0 … timesteps, for labels y [B].
 
@@ -206,6 +211,7 @@ class DiT(nn.Module):
         jump: as `condition` takes it. The prediction is then of the whole step from t to t - jump.
         condition: as `condition` takes it. length [B]: positions along the input's first axis that are no padding. What x
         holds beyond them changes nothing within them, and what is returned there means nothing.
+        corners: int64 [B, rows/2, columns/2], which token of each 2×2 cell the middle blocks see; None: all.
         """
         valid = None
         if length is not None:
@@ -219,7 +225,15 @@ class DiT(nn.Module):
         # Two rows for the first norm. Then six a block, of which the last two are for the norm that follows.
         first, *per_block = modulation.split([2] + [6] * self.config.depth, dim=1)
         m = self.ops.ln_modulate(h, *first.unbind(1))
-        for block, vectors in zip(self.blocks, per_block, strict=True):
+        first_middle, first_last = ends(self.config.depth), self.config.depth - ends(self.config.depth)
+        before = h
+        for number, (block, vectors) in enumerate(zip(self.blocks, per_block, strict=True)):
+            if self.fusion is not None and number == first_middle:
+                before = h
+                h, m = (h, m) if corners is None else (thin(h, corners), thin(m, corners))
+            elif self.fusion is not None and number == first_last:
+                h = self.fusion(before, h, corners)
+                m = self.ops.ln_modulate(h, *per_block[number - 1][:, 4:].unbind(1))
             h, m = block(h, m, vectors) if valid is None else block(h, m, vectors, valid)
         out = self.final_layer(m.to(modulation.dtype)).float()
         return unpatchify(out, self.config)
@@ -254,6 +268,8 @@ class DiT(nn.Module):
             return nn.init.uniform_(value, -bound, bound, generator=rng)
         if name.startswith(("adaLN_modulation", "final_layer", "jump_embedder.2")) or name.endswith("bias"):
             return value
+        if name.startswith("fusion"):  # as long as the middle blocks change nothing, so does the fusion where tokens are kept
+            return torch.eye(shape[0]) / 2
         if name.startswith(("t_embedder", "y_embedder", "c_embedder.null", "jump_embedder")):
             return nn.init.normal_(value, std=0.02, generator=rng)
         return nn.init.xavier_uniform_(value, generator=rng)

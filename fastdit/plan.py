@@ -19,7 +19,7 @@ from fastdit.config import Config, UserError
 from fastdit.planning import costs
 from fastdit.planning import memory as footprint
 from fastdit.planning.costs import Bound, Cluster
-from fastdit.planning.flops import train_flops_per_image
+from fastdit.planning.flops import mean_flops_per_image
 from fastdit.planning.gpus import GPUS
 from fastdit.recipes import RECIPES
 from fastdit.runtime.validation import validate
@@ -167,7 +167,7 @@ def parts_table(options: Options, where: Cluster) -> Table:
     """FLOPs, bytes and the least time of each part of a rank's step."""
     images = options.train.batch * options.train.grad_accum
     table = _table("one step, one rank", "GFLOP / image", "GB", "ms at the peak", "ms at the bandwidth", "bound, ms")
-    step = costs.parts(options, where)
+    step = costs.parts(options, where, dropped=options.model.token_drop)
     for p in sorted(step, key=lambda part: -part.bound_s):
         table.add_row(
             p.name, f"{p.flops / images / 1e9:.2f}", f"{p.bytes / 1e9:.2f}", *map(_ms, (p.compute_s, p.memory_s, p.bound_s))
@@ -186,7 +186,7 @@ def parts_table(options: Options, where: Cluster) -> Table:
 def bound_table(bound: Bound, options: Options, where: Cluster) -> Table:
     """The step's bounds and the throughput they allow."""
     table = _table(f"bounds of the step ({bound.binds} binds)", "ms", "img/s", "MFU")
-    useful = train_flops_per_image(options.model) / (where.gpus * where.gpu.flops)
+    useful = mean_flops_per_image(options) / (where.gpus * where.gpu.flops)
 
     def row(name: str, seconds: float, alone: bool = False) -> None:
         rate = bound.images / seconds

@@ -33,7 +33,7 @@ from fastdit.meter import Meter
 from fastdit.model import DiT, choose_ops, on_kernels
 from fastdit.optim import Optimizer, lr_at
 from fastdit.planning import memory
-from fastdit.planning.flops import train_flops_per_image
+from fastdit.planning.flops import mean_flops_per_image, train_flops_per_image
 from fastdit.posthoc import averaged_images
 from fastdit.quality import evaluation, references
 from fastdit.quality.scores import Judge
@@ -46,6 +46,7 @@ from fastdit.runtime.resuming import has_worked, open_run, record_changes
 from fastdit.runtime.run import CONFIG, LOCK, create_place, place, save_config
 from fastdit.runtime.trackers import require_wandb
 from fastdit.runtime.validation import fit
+from fastdit.tokendrop import drops
 from fastdit.weights.start import adopted, build
 
 
@@ -73,11 +74,12 @@ def step(
     Nothing here waits for the device: both results stay on it. `graph` is `update` as one CUDA graph.
     """
     batch, drawn, jumps = config.train.batch, [], consistency.on(config, images_seen)
+    cells = tuple(side // 2 for side in config.model.grid) if drops(config, images_seen) and not jumps else None
     for micro in range(config.train.grad_accum):
         first = images_seen + (micro * world.size + world.rank) * batch  # this rank's images of the micro-step, by number
         x0, y, *beside = pack.batch(first, batch)
         given = Given(y if config.model.num_classes else None, *beside)
-        drawn.append(draw(objective, x0, given, config.run.seed, first, jumps))
+        drawn.append(draw(objective, x0, given, config.run.seed, first, jumps, cells))
     if consistency.begins(config, images_seen, optimizer.global_batch):
         optimizer.begin("jump_embedder")
     rates = optimizer.rates(images_seen)
@@ -91,7 +93,8 @@ def update(model: DiT, objective: Objective, optimizer: Optimizer, drawn: list[D
     mean_loss = torch.zeros((), device=rates.device)
     for number, micro in enumerate(drawn, 1):
         sharding.communicate(model, last=number == len(drawn))
-        loss = objective.losses_of(model, micro).mean() / len(drawn)
+        network = model if micro.corners is None else functools.partial(model, corners=micro.corners)
+        loss = objective.losses_of(network, micro).mean() / len(drawn)
         loss.backward()
         mean_loss += loss.detach()
     return mean_loss, optimizer.step(rates, mean_loss)
@@ -157,7 +160,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
     judge = ranks.every(world, lambda: references.of(config, world.device) if scored else None)
     ranks.once(world, lambda: start_run(config, folder, changed, images_seen, lock))
     ranks.once(world, lambda: pack.describe(folder))
-    flops = train_flops_per_image(config.model)
+    flops = mean_flops_per_image(config)
     meter = Meter(folder, config, world, batch_images=batch, flops_per_image=flops, resumed_images=images_seen)
     meter.restore(window)
     run = Run(config, folder, world, batch, pack, model, optimizer, objective, checkpoints, snapshots, decoder, judge, meter)
@@ -175,6 +178,8 @@ def train(config: Config, on_purpose: bool = False) -> int:
     while images_seen < config.train.images and not (signalled := stop.agreed()):
         loss, grad_norm = step(model, objective, optimizer, pack, config, world, images_seen, graph)
         images_seen += batch
+        if config.model.token_drop:
+            meter.flops_per_image = train_flops_per_image(config.model, drops(config, images_seen - batch))
         meter.add(loss, grad_norm, config.train.batch * config.train.grad_accum)
         profiler.step(images_seen)
 

@@ -14,6 +14,7 @@ from fastdit.planning.gpus import GPU
 from fastdit.planning.memory import sizes
 from fastdit.posthoc import EVERY
 from fastdit.runtime.hardware import compute_dtype, precision
+from fastdit.tokendrop import ends
 
 
 class Cluster(NamedTuple):
@@ -46,19 +47,23 @@ class Part(NamedTuple):
         return max(self.compute_s, self.memory_s)
 
 
-def parts(config: Config, cluster: Cluster) -> list[Part]:
+def parts(config: Config, cluster: Cluster, dropped: bool = False) -> list[Part]:
     """A rank's optimizer step: what it computes, and what it moves with every tensor read once and written once.
 
     FLOPs are those of matrix products, attention and convolution, forward and backward. Fused ops move what KERNELS.md calls
     their floor: 4 and 6 bytes per bf16 element for a norm or an activation, 8 and 12 for a gated residual with its norm.
+    dropped: of a step of token drop, whose middle blocks see one token in four.
     """
     m, p = config.model, config.parallel
     D, L, F, item = m.width, m.depth, m.mlp_ratio * m.width, compute_dtype(p.precision).itemsize
     micro, B, T = config.train.grad_accum, config.train.batch, m.num_tokens
-    macs = {name: 2.0 * B * micro * count for name, count in macs_per_image(m).items()}  # FLOPs of one forward
+    macs = {name: 2.0 * B * micro * count for name, count in macs_per_image(m, dropped).items()}  # FLOPs of one forward
     again = 1 if p.checkpoint_activations else 0  # forwards of the blocks in the backward
 
-    def product(rows: int, inputs: int, outputs: int) -> float:  # bytes of one matrix product
+    block = B * T * (1 - 3 / 4 * (L - 2 * ends(L)) / L) if dropped else B * T  # tokens that a block sees, on average
+    fused = B * T + (B * T / 4 if dropped else B * T)
+
+    def product(rows: float, inputs: int, outputs: int) -> float:  # bytes of one matrix product
         return item * (rows * inputs + inputs * outputs + rows * outputs)
 
     patch, out, S = m.channels * m.patch_size, m.patch_size * out_channels(m), item // 2
@@ -68,18 +73,19 @@ def parts(config: Config, cluster: Cluster) -> list[Part]:
         + product(B, D, D)
         + product(B, m.condition, D) * (m.condition > 0),
         "modulation": product(B, D, (6 * L + 2) * D),
-        "qkv and proj": L * (product(B * T, D, 3 * D) + product(B * T, D, D)),
-        "attention": L * 4 * B * T * D * item,
-        "mlp": L * (product(B * T, D, F) + product(B * T, F, D)),
-        "GELU and convolution": L * 4 * S * B * T * F,
-        "norms and residuals": (4 + 2 * L * 8) * S * B * T * D,
+        "qkv and proj": L * (product(block, D, 3 * D) + product(block, D, D)),
+        "attention": L * 4 * block * D * item,
+        "mlp": L * (product(block, D, F) + product(block, F, D)),
+        "GELU and convolution": L * 4 * S * block * F,
+        "norms and residuals": (4 * B * T + 2 * L * 8 * block) * S * D,
+        **({"fusion": product(fused, D, D)} if m.token_drop else {}),
         "final": product(B * T, D, out),
     }
     # PyTorch's attention makes three gradients, of q, k and v, and one copy makes them one; flash-attn writes them as one.
     stacked = 0.0 if config.attention == "flash" else 6 / 4
     backward = {"GELU and convolution": 1.5, "norms and residuals": 1.5, "attention": 2.0 + stacked}
     flops = {"GELU and convolution": macs.pop("convolution"), **macs}
-    outside = ("embed", "modulation", "final")
+    outside = ("embed", "modulation", "fusion", "final")
     cost = {
         name: (
             flops.get(name, 0.0) * (3 + again * (name not in outside)),
@@ -88,7 +94,7 @@ def parts(config: Config, cluster: Cluster) -> list[Part]:
         for name, moved in forward.items()
     }
     # The sums that are the biases' gradients, of qkv and of a plain MLP's fc1. The others come out of fused ops.
-    cost["bias gradients"] = (0.0, micro * L * (3 * D + (0 if m.conv_kernel else F)) * B * T * item)
+    cost["bias gradients"] = (0.0, micro * L * (3 * D + (0 if m.conv_kernel else F)) * block * item)
     cost["casts and copies"] = (0.0, copied(config, cluster))
     cost["optimizer and EMA"] = (0.0, optimizer_bytes(config, cluster))
     gpu = cluster.gpu
@@ -207,12 +213,16 @@ class Bound(NamedTuple):
 
 
 def bound(config: Config, cluster: Cluster) -> Bound:
-    """The step's bounds. Messages can overlap fully with computation; the parts of one device's step cannot overlap."""
-    step, sent = parts(config, cluster), messages(config, cluster)
+    """The step's bounds. Messages can overlap fully with computation; the parts of one device's step cannot overlap.
+
+    With token drop, those of a step on average over the run.
+    """
+    whole = config.train.whole_share if config.model.token_drop else 1.0
+    steps = [(whole, parts(config, cluster)), (1 - whole, parts(config, cluster, dropped=True))]
     return Bound(
-        sum(part.compute_s for part in step),
-        sum(part.memory_s for part in step),
-        sum(message.seconds for message in sent),
-        sum(part.bound_s for part in step),
+        sum(share * part.compute_s for share, step in steps for part in step),
+        sum(share * part.memory_s for share, step in steps for part in step),
+        sum(message.seconds for message in messages(config, cluster)),
+        sum(share * part.bound_s for share, step in steps for part in step),
         config.train.batch * config.train.grad_accum * cluster.gpus,
     )

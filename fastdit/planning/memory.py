@@ -34,7 +34,7 @@ def num_parameters(m: ModelConfig) -> int:
     convolution = F * (m.conv_taps + 1) if m.conv_kernel else 0
     norms = 2 * (D // m.num_heads) if m.qk_norm else 0
     block = (D + 1) * 4 * D + (D + 1) * F + (F + 1) * D + convolution + norms
-    modulation = (D + 1) * (6 * m.depth + 2) * D
+    modulation = (D + 1) * (6 * m.depth + 2) * D + (2 * D + 1) * D * m.token_drop
     return embed + classes + modulation + m.depth * block + (D + 1) * m.patch_size * out_channels(m)
 
 

@@ -17,7 +17,7 @@ from fastdit.runtime.sharding import fill
 from fastdit.runtime.tensors import load_weights
 from fastdit.weights.folder import fitting, locate
 
-SHAPES = ("depth", "width", "patch", "conv_kernel", "qk_norm")  # what the blocks are: must be the same
+SHAPES = ("depth", "width", "patch", "conv_kernel", "qk_norm", "token_drop")  # what the blocks are: must be the same
 HIDDEN = ("num_heads", "time_embedding", "position", "mlp_ratio")  # never typed, and they decide the outputs: are taken
 
 
