@@ -1,10 +1,12 @@
 """Quality per second: train each row for the same seconds on this machine, score it at fixed times, and write the board.
 
     python bench/board.py [ROW …] --seconds 240 --seeds 3
+    python bench/board.py ours seed --seconds 60 --seeds 1 --num 500 --points 1     within minutes
+    python bench/board.py --data fashion.parquet --reference fashion-test.parquet   other pictures, which nobody tuned on
 
 A row is a recipe, trained as its users train it. The clock runs while it trains, not while it is scored. What is done is kept
 in bench/results/board-DEVICE.json row by row, so a board that was stopped goes on where it was. The table and docs/board.png
-are made anew from all rows there are. Figures are of drawn cats, and not comparable with a published FID or KID.
+are made anew from all rows there are. Figures are not comparable with a published FID or KID.
 """
 
 import contextlib
@@ -30,10 +32,12 @@ from fastdit.config import UserError
 from fastdit.data import encoding
 from fastdit.quality import charts, references
 from fastdit.quality.scores import Judge
+from fastdit.recipes import run_name
 from fastdit.runtime import ranks
 from fastdit.runtime.files import write_text
 from fastdit.runtime.hardware import Energy, has_bf16
 from fastdit.runtime.ranks import World
+from fastdit.runtime.validation import fit
 
 TIMES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # shares of the seconds at which a row is scored
 ROOT = Path(__file__).parent
@@ -45,6 +49,9 @@ class Options:
     seconds: float = 240.0  # of training for each row and seed
     seeds: int = 3  # runs of each row
     num: int = 2_000  # pictures scored, and held-out cats they are compared with
+    points: int = 5  # times at which a row is scored: the last of a sixteenth, an eighth … of the seconds
+    data: str | None = None  # pictures to train on instead of the drawn cats: a folder or a parquet file
+    reference: str | None = None  # folder or parquet file of pictures held out of --data; without it, the training images
     packs: str = "packs"  # where the encoded cats live
     results: str = str(ROOT / "results")  # folder of board-DEVICE.json
     docs: str = str(ROOT.parent / "docs")  # folder of board.png
@@ -57,7 +64,7 @@ def measure(row: Row, options: Options, world: World, pack: encoding.Pack, judge
     meter = Joules(world)
     seen, trained_s, points = 0, 0.0, []
     joules: float | None = 0.0
-    for share in TIMES:
+    for share in TIMES[-options.points :]:
         before = meter.read()
         while trained_s < share * options.seconds:
             start = time.perf_counter()
@@ -115,21 +122,25 @@ def board(options: Options, rows: Mapping[str, Row] = ROWS) -> None:
     for name in options.rows:
         if name not in rows:
             raise UserError(f"unknown row {name!r}{configs.nearest(name, rows)}; rows are {', '.join(rows)}")
-    if options.seconds <= 0 or options.seeds <= 0 or options.num < 16:
-        raise UserError("--seconds and --seeds must be positive, and --num at least 16")
+    if options.seconds <= 0 or options.seeds <= 0 or options.num < 16 or not 0 < options.points <= len(TIMES):
+        raise UserError(f"--seconds and --seeds must be positive, --num at least 16, --points 1 to {len(TIMES)}")
+    if options.reference and not options.data:
+        raise UserError("--reference goes with --data; cats have their own")
+    world = ranks.init(next(iter(rows.values())).config.parallel)
+    rows = on_data(rows, options, world)
     first = next(iter(rows.values())).config
-    world = ranks.init(first.parallel)
-    path = Path(options.results) / f"board-{slug(world.device)}.json"
+    stem = f"board-{run_name(options.data)}" if options.data else "board"
+    path = Path(options.results) / f"{stem}-{slug(world.device)}.json"
     kept = read(path)
     missing = [
-        (name, seed, row._replace(config=configs.replace(row.config, run={"seed": seed}, data={"packs": options.packs})))
+        (name, seed, row._replace(config=configs.replace(row.config, run={"seed": seed})))
         for name, row in rows.items()
         if name in (options.rows or rows)
         for seed in range(options.seeds)
     ]
     missing = [(name, seed, row) for name, seed, row in missing if not any(same(old, name, seed, row, options) for old in kept)]
     if missing:
-        judge = references.open_judge(configs.replace(first, data={"packs": options.packs}), options.num, world.device)
+        judge = references.open_judge(first, options.num, world.device, options.reference)
         for number, (name, seed, row) in enumerate(missing, 1):
             print(f"{number} of {len(missing)}: {name}, seed {seed}: {row.about}", flush=True)
             with contextlib.closing(encoding.open_pack(row.config, world)) as pack:
@@ -144,14 +155,27 @@ def board(options: Options, rows: Mapping[str, Row] = ROWS) -> None:
     shown = [entry for entry in kept if entry["row"] in rows]
     print(table(shown, rows))
     Path(options.docs).mkdir(parents=True, exist_ok=True)
-    (Path(options.docs) / "board.png").write_bytes(charts.png(curves(shown, rows)))
+    (Path(options.docs) / f"{stem}.png").write_bytes(charts.png(curves(shown, rows)))
+
+
+def on_data(rows: Mapping[str, Row], options: Options, world: World) -> dict[str, Row]:
+    """The rows on the pictures that the options name: as many channels and classes as those have. Raises UserError."""
+    placed = {n: row._replace(config=configs.replace(row.config, data={"packs": options.packs})) for n, row in rows.items()}
+    if options.data is None:
+        return placed
+    on_theirs = configs.replace(next(iter(placed.values())).config, data={"path": options.data})
+    with contextlib.closing(encoding.open_pack(on_theirs, world)) as pack:
+        fits = pack.manifest.fits
+    data = {"path": options.data}
+    return {n: row._replace(config=fit(configs.replace(row.config, data=data), *fits)) for n, row in placed.items()}
 
 
 def key(name: str, seed: int, row: Row, options: Options) -> dict[str, Any]:
     """What an entry follows from. The settings that say where files lie are not in it."""
     settings = json.loads(json.dumps({g: dataclasses.asdict(getattr(row.config, g)) for g in ("model", "diffusion", "train")}))
     how = {"plain": row.plain, "averaged": row.averaged, "settings": settings}
-    return {"row": name, "seed": seed, "seconds": options.seconds, "num": options.num, **how}
+    told = {"seconds": options.seconds, "num": options.num, "times": options.points, "reference": options.reference}
+    return {"row": name, "seed": seed, "data": row.config.data.path, **told, **how}
 
 
 def same(old: Mapping[str, Any], name: str, seed: int, row: Row, options: Options) -> bool:

@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 
 def without(about: str, averaged: bool = True, **groups: dict[str, Any]) -> Row:
-    """Our recipe less one ingredient."""
+    """Our recipe less one ingredient, or with one more."""
     return Row(f"ours, {about}", configs.replace(RECIPES["cats"], **groups), averaged=averaged)
 
 
@@ -68,6 +68,9 @@ ROWS = {
     "constant": without("no decay of the learning rate", train={"lr_decay": "constant"}),
     "slow": without("the learning rate of commit 9492b0a", train={"lr": 1e-3}),
     "no-ema": without("no averaged weights", averaged=False),
+    # What is no default, added to ours.
+    "posthoc": without("averages that move at one step in eight", train={"ema": "posthoc"}),
+    "token-drop": without("token drop", model={"token_drop": True}),
 }
 
 
@@ -86,11 +89,13 @@ class Ours:
 
     def step(self, images_seen: int, trained_s: float) -> None:
         # The schedule of the learning rate ends with the seconds: at the images that the pace so far will have seen by then.
+        config = self.config
         if trained_s:
             images = max(images_seen + 1, round(images_seen * self.seconds / trained_s))
             warmup = min(self.config.train.warmup_images, images // 12)
-            self.optimizer.config = dataclasses.replace(self.config.train, images=images, warmup_images=warmup)
-        train.step(self.model, self.objective, self.optimizer, self.pack, self.config, self.world, images_seen)
+            config = configs.replace(config, train={"images": images, "warmup_images": warmup})
+            self.optimizer.config = config.train
+        train.step(self.model, self.objective, self.optimizer, self.pack, config, self.world, images_seen)
 
     def pictures(self, num: int) -> Tensor:
         with self.optimizer.ema.applied(self.model) if self.row.averaged else contextlib.nullcontext():

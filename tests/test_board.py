@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import io
 import itertools
 import json
 import sys
@@ -10,8 +11,12 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from fastdit import config as C
 from fastdit.config import UserError
@@ -105,6 +110,39 @@ def lambda_free(folder: Path, names: tuple[str, ...], options: dict) -> list[str
     return made(folder, names, **options)
 
 
+def fashion(path: Path, first: int) -> str:
+    """A parquet file as the hub has Fashion-MNIST: grey pictures of 28×28, ten classes."""
+    images, labels = [], [n % 10 for n in range(first, first + 80)]
+    for n, label in enumerate(labels, first):
+        pixels = np.full((28, 28), 20 * label, np.uint8)
+        pixels[4 + n % 7 : 20, 6:22] = 255 - 10 * label
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        images.append({"bytes": file.getvalue(), "path": None})
+    pq.write_table(pa.table({"image": images, "label": labels}), path)
+    return str(path)
+
+
+def test_a_board_of_other_pictures_stands_beside_the_cats(run_ranks, tmp_path):
+    held = {"data": fashion(tmp_path / "fashion.parquet", 0), "reference": fashion(tmp_path / "test.parquet", 80)}
+    names = ("sit", "ours")
+    options = {**held, "points": 1}
+    assert run_ranks(1, lambda_free, tmp_path, names, options, init=False) == [[rows.ROWS[name].about for name in names]]
+    [path] = (tmp_path / "results").iterdir()
+    assert path.name.startswith("board-fashion-")
+    for entry in json.loads(path.read_text()):
+        assert (entry["settings"]["model"]["channels"], entry["settings"]["model"]["num_classes"]) == (1, 10)
+        assert (entry["data"], entry["reference"]) == (held["data"], held["reference"])
+        assert len(entry["points"]) == 1
+        assert entry["points"][0]["nearest"] is not None
+    assert (tmp_path / "docs" / "board-fashion.png").exists()
+    assert run_ranks(1, lambda_free, tmp_path, names, options, init=False) == [[]]
+    # Without held-out pictures the training images are what is left, and the figures say so.
+    del options["reference"]
+    assert run_ranks(1, lambda_free, tmp_path, ("ours",), options, init=False) == [[rows.ROWS["ours"].about]]
+    assert json.loads(path.read_text())[-1]["floor"]["nearest"] is None
+
+
 def test_every_row_is_valid_and_each_less_is_ours_but_for_one_thing():
     ours = RECIPES["cats"]
     for row in rows.ROWS.values():
@@ -116,6 +154,8 @@ def test_every_row_is_valid_and_each_less_is_ours_but_for_one_thing():
         "velocity": {"diffusion.prediction"},
         "uniform": {"diffusion.flow_t"},
         "plain-mlp": {"model.conv_kernel"},
+        "posthoc": {"train.ema"},
+        "token-drop": {"model.token_drop"},
         "constant": {"train.lr_decay"},
         "no-ema": set(),
     }
@@ -216,6 +256,8 @@ def test_what_is_wrong_is_one_line(tmp_path):
         ({"rows": ("our",)}, "unknown row 'our'; did you mean ours?"),
         ({"seconds": 0.0}, "must be positive"),
         ({"num": 3}, "--num at least 16"),
+        ({"points": 6}, "--points 1 to 5"),
+        ({"reference": "x"}, "--reference goes with --data"),
     ):
         with pytest.raises(UserError, match=said):
             board.board(dataclasses.replace(board.Options(), **options))
