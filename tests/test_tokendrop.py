@@ -158,12 +158,12 @@ def test_compiled_blocks_do_both_grids_on_all_ops(name, device):
 def test_which_tokens_are_kept_follows_from_seed_and_image_alone():
     objective = train.choose_objective(RECIPES["cats"], torch.device("cpu"))
     x0 = torch.zeros(40, 3, 8, 8)
-    whole = draw(objective, x0, None, 7, 100, (3, 2)).corners
+    whole = draw(objective, x0, None, 7, 100, cells=(3, 2)).corners
     assert whole.shape == (40, 3, 2)
     assert whole.dtype == torch.int64
-    assert torch.equal(draw(objective, x0[:7], None, 7, 115, (3, 2)).corners, whole[15:22])
-    assert not torch.equal(draw(objective, x0, None, 8, 100, (3, 2)).corners, whole)
-    counts = draw(objective, torch.zeros(4000, 1, 1, 1), None, 0, 0, (1, 1)).corners.flatten().bincount(minlength=4)
+    assert torch.equal(draw(objective, x0[:7], None, 7, 115, cells=(3, 2)).corners, whole[15:22])
+    assert not torch.equal(draw(objective, x0, None, 8, 100, cells=(3, 2)).corners, whole)
+    counts = draw(objective, torch.zeros(4000, 1, 1, 1), None, 0, 0, cells=(1, 1)).corners.flatten().bincount(minlength=4)
     assert ((counts - 1000).abs() < 120).all()
     assert draw(objective, x0, None, 7, 100).corners is None
 
