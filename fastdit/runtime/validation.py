@@ -58,7 +58,9 @@ def _validate_model(config: Config) -> None:
         raise UserError(f"--model.conv_kernel is {m.conv_kernel}; valid are {kernels}, and 0 for a plain MLP")
     if m.token_drop and (config.data.kind == "arrays" or len(m.grid) != 2 or any(side % 2 for side in m.grid) or m.depth < 3):
         said = f"{times(m.grid)} tokens and {m.depth} blocks"
-        raise UserError(f"--model.token_drop needs pictures of even rows and columns of tokens and 3 blocks, and there are {said}")
+        raise UserError(
+            f"--model.token_drop needs pictures of even rows and columns of tokens and 3 blocks, and there are {said}"
+        )
     if m.class_dropout and not m.num_classes and not m.condition:
         raise UserError("--model.class_dropout needs classes or conditions, and the data have none")
     if config.diffusion.kind == "flow" and m.learn_sigma:
