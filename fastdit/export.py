@@ -187,7 +187,7 @@ def save_pipeline(model: DiT, trained: Trained, out: Path) -> None:
     autoencoder: Any = loaded.autoencoder if loaded else None
     transformer = FastDiTModel(dataclasses.asdict(config.model))
     transformer.dit.load_state_dict(model.state_dict())
-    FastDiTPipeline(transformer, scheduler_of(config.diffusion), autoencoder).save_pretrained(out)
+    FastDiTPipeline(transformer, scheduler_of(config.diffusion), autoencoder, config.sample.steps).save_pretrained(out)
 
 
 def to_diffusers(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

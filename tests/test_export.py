@@ -141,6 +141,23 @@ def test_the_card_says_what_the_weights_had_seen(make_run):
     assert (out / "samples.png").read_bytes() == b"grid 640"
 
 
+def test_the_card_of_a_model_that_jumps_says_what_few_steps_cost(make_run):
+    run, _, _ = make_run({**SMALL, "jumps": True}, diffusion={"kind": "flow", "prediction": "x0", "consistency": 0.5})
+    card = (export(Options(str(run), out=str(run / "before"))) / "README.md").read_text()
+    assert "1, 2, 4 or 8 evaluations make a picture. Its own default is 2. What fewer cost" in card
+    line = {"metric": "offline", "images": 640, "guidance": 1.0, "coverage": 0.5}
+    lines = [
+        {**line, "steps": 20, "kid": 0.25},
+        {**line, "steps": 1, "kid": 0.375},
+        {**line, "steps": 1, "kid": 9.0, "images": 320},  # of an earlier checkpoint
+        {**line, "steps": 1, "kid": 8.0, "guidance": 2.0},
+        {**line, "steps": 4, "kid": None},
+    ]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"torn')
+    card = (export(Options(str(run), out=str(run / "after"))) / "README.md").read_text()
+    assert "| evaluations | KID | coverage |\n| --- | --- | --- |\n| 1 | 0.3750 | 0.500 |\n| 20 | 0.2500 | 0.500 |\n" in card
+
+
 def test_a_release_is_whole_and_checks_itself(make_run, tmp_path):
     pytest.importorskip("matplotlib")
     run, config, averaged = make_run(SMALL)
@@ -447,6 +464,19 @@ def test_our_pipeline_draws_what_sample_draws(make_run, model, process, guidance
     wanted = ((x0 + 1) / 2).clamp(0, 1)
     # The solvers hand on different numbers (x0 there, the prediction here), so they round apart: by far less than a grey level.
     assert (images - wanted).abs().max() <= 1 / 2550
+
+
+@pytest.mark.parametrize("steps", [None, 1, 4, 20])
+def test_our_pipeline_jumps_as_sample_does_and_knows_its_steps(make_run, steps):
+    run, config, averaged = make_run({**SMALL, "jumps": True}, diffusion={"kind": "flow", "prediction": "x0"})
+    pipe = opened(export(Options(str(run), format="pipeline")))
+    noise = rng.normal((3, 8, 8), 7, "sample noise", 0, 2, torch.device("cpu"))
+    options = {"steps": steps or config.sample.steps, "seed": 7, "jumps": True}
+    x0 = sampling.sample(averaged, config.diffusion, (2, 3, 8, 8), torch.tensor([1, 4]), **options)
+    given = {} if steps is None else {"num_inference_steps": steps}
+    images = pipe(class_labels=[1, 4], latents=noise, output_type="pt", **given).images
+    assert (images - ((x0 + 1) / 2).clamp(0, 1)).abs().max() <= 1 / 2550
+    assert pipe.config["steps"] == config.sample.steps == 2
 
 
 def test_our_pipeline_decodes_latents_and_takes_other_schedulers(make_run, autoencoder):

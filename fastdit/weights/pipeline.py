@@ -29,6 +29,7 @@ from torch import Tensor
 from fastdit.config import DiffusionConfig, ModelConfig
 from fastdit.given import Given
 from fastdit.model import DiT
+from fastdit.modulations import jump_lengths
 from fastdit.sampling import guided_output, sampling_times
 
 # diffusers finds out how to load a component by these base classes' names in the component's module.
@@ -46,24 +47,31 @@ class FastDiTModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as each of
         fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in model.items()}
         self.dit = DiT(ModelConfig(**fields), REFERENCE)
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Transformer2DModelOutput:
-        """x [B, C, rows, columns] at t [B] or one number, labels [B] → `.sample`, fp32; with learned sigma 2·C channels."""
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None, jump: float = 0.0
+    ) -> Transformer2DModelOutput:
+        """x [B, C, rows, columns] at t [B] or one number, labels [B] → `.sample`, fp32; with learned sigma 2·C channels.
+
+        jump: length of the step that follows, in timesteps, for a model that has learnt jumps.
+        """
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
-        return Transformer2DModelOutput(sample=self.dit(hidden_states, timestep, class_labels))
+        length = torch.full_like(timestep, jump, dtype=torch.float32)
+        return Transformer2DModelOutput(sample=self.dit(hidden_states, timestep, class_labels, jump=length))
 
 
 class FastDiTPipeline(DiffusionPipeline):
     """Pictures from a FastDiTModel, one network evaluation per step unless guidance is asked for.
 
-    vae: None for a model of pixels.
+    vae: None for a model of pixels. steps: evaluations of a picture where a call does not say, as the run sampled.
     """
 
     model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
     _optional_components = ["vae"]  # noqa: RUF012
 
-    def __init__(self, transformer: FastDiTModel, scheduler: SchedulerMixin, vae: AutoencoderKL):
+    def __init__(self, transformer: FastDiTModel, scheduler: SchedulerMixin, vae: AutoencoderKL, steps: int = 20):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(steps=steps)
 
     @torch.no_grad()
     def __call__(
@@ -72,7 +80,7 @@ class FastDiTPipeline(DiffusionPipeline):
         num_images: int = 1,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -98,17 +106,18 @@ class FastDiTPipeline(DiffusionPipeline):
         x = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device)
         if x.shape != shape:
             raise ValueError(f"latents have the shape {tuple(x.shape)}; expected {shape}")
-        scheduler: Any = self._scheduler_of(num_inference_steps, device)
+        steps = num_inference_steps or self.config["steps"]
+        scheduler: Any = self._scheduler_of(steps, device)
         x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+        lengths = jump_lengths(scheduler.timesteps.tolist(), config.jumps)
 
         def network(x: Tensor, t: Any, given: Given) -> Tensor:
             x = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-            return self.transformer(x, t, given.y).sample
+            return self.transformer(x, t, given.y, jump=lengths[float(t)]).sample
 
         for t in self.progress_bar(scheduler.timesteps):
-            out = guided_output(network, x, t, Given(y), guidance_scale, config.num_classes)[
-                :, : config.channels
-            ]  # no variance
+            out = guided_output(network, x, t, Given(y), guidance_scale, config.num_classes)
+            out = out[:, : config.channels]  # no variance
             x = scheduler.step(self._velocity(out, t, x), t, x).prev_sample
         if self.vae is not None:
             about = self.vae.config
