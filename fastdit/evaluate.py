@@ -29,6 +29,7 @@ from fastdit.data import vae
 from fastdit.model import DiT
 from fastdit.planning import memory as footprint
 from fastdit.quality import evaluation, features, fid, references
+from fastdit.robot import closed_loop
 from fastdit.runtime import ranks
 from fastdit.runtime.files import atomic, write_text
 from fastdit.runtime.hardware import memory_bytes, precision
@@ -43,7 +44,7 @@ OFFLINE_NUM = 5_000  # pictures and real images that the offline metric compares
 @dataclass(frozen=True)
 class Options:
     source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported folder, safetensors file or hub id
-    num_images: int | None = None  # pictures to make; by default 50,000, or 2,000 for the offline metric alone
+    num_images: int | None = None  # pictures to make: 50,000, or 2,000 for the offline metric; of a policy, episodes a task: 50
     metric: Literal["auto", "offline", "fidelity", "both", "none"] = (
         "auto"  # fidelity: FID, KID, precision, recall by Inception
     )
@@ -71,6 +72,9 @@ def evaluate(options: Options) -> None:
     """Make the pictures that are missing, on all processes; then the first process measures."""
     found = locate(options.source)
     config = chosen(found.config, options)
+    if config.data.kind == "arrays":
+        closed_loop.evaluate(found, config, options.steps, options.num_images, options.out)
+        return
     footprint.check_sampling(config, memory_bytes())
     # "auto": for small images the metric that needs no download; for others FID, which the field reports.
     small = max(config.data.image_size) <= 64 or bool(options.reference)
@@ -104,7 +108,7 @@ def chosen(config: Config, options: Options) -> Config:
         raise UserError(f"--reference_num is {options.reference_num}; it must not be negative")
     if options.batch <= 0:
         raise UserError(f"--batch is {options.batch}; it must be positive")
-    if options.num_images is not None and options.num_images < 16:
+    if options.num_images is not None and options.num_images < (16 if config.data.kind == "images" else 1):
         raise UserError(f"--num_images is {options.num_images}; a metric needs at least 16 pictures")
     return command.chosen(config, options, run={"seed": options.seed})
 

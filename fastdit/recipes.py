@@ -26,6 +26,13 @@ RECIPES = {
         diffusion=DiffusionConfig("flow", "x0", flow_t="logit_normal"),
         train=TrainConfig(images=36_000, batch=32, lr=2e-3, lr_decay="cosine", warmup_images=3_000),
     ),
+    # A policy for a simulated arm at six tasks: chunks of 16 actions, the observation for a condition and the task for a class.
+    "robot": Config(
+        data=DataConfig("robot:metaworld", hflip=False, kind="arrays", normaliser="min_max"),
+        model=ModelConfig(patch=2, depth=3, width=128, num_heads=2, input_size=(16,), channels=4, num_classes=6, condition=39),
+        diffusion=DiffusionConfig("flow", "x0", flow_t="logit_normal"),
+        train=TrainConfig(images=300_000, batch=128, lr=2e-3, lr_decay="cosine", warmup_images=12_800),
+    ),
     # The paper recipe of this repository: huggan/cats at 256 pixels, DiT-B/2 on SD latents, 8 GPUs. Squashed, as there.
     "cats-256": Config(
         data=DataConfig("huggan/cats", image_size=(256, 256), crop="none", vae="stabilityai/sd-vae-ft-mse"),

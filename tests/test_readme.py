@@ -16,13 +16,16 @@ from fastdit_kernels.reference import REFERENCE
 from torch.nn import functional as F
 
 import fastdit
-from fastdit import convert, evaluate, export, plan, report, sample
+from fastdit import convert, evaluate, export, plan, report, sample, train
 from fastdit.command import _option_names, parse, parse_args, parse_run
 from fastdit.config import Config, replace
+from fastdit.data import classes
 from fastdit.data import pack as packs
+from fastdit.data.normaliser import Affine, Normaliser
 from fastdit.model import DiT
 from fastdit.recipes import RECIPES
-from fastdit.weights.folder import save_pretrained
+from fastdit.robot.simulator import TASKS
+from fastdit.weights.folder import locate, save_pretrained
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("C*.md"))]
@@ -103,7 +106,38 @@ def test_python_blocks_of_the_other_pages_run(home):
     assert (home / "my-model" / "model.safetensors").is_file()
     assert given["x"].grad.isfinite().all()
     assert packs.verify(given["pack"]).class_names == ["day", "night"]
-    assert {page.name for page in PAGES if blocks(page, "python")} == {"README.md", "python.md"}  # no page is left out
+    run = {"README.md", "python.md", "sequences.md", "policy.md"}
+    assert {page.name for page in PAGES if blocks(page, "python")} == run  # no page is left out
+
+
+def test_the_page_on_sequences_runs(home):
+    """Its file, its training as it is written, and what the network followed from."""
+    [block] = blocks(ROOT / "docs" / "sequences.md", "python")
+    exec(compile(block, "sequences.md", "exec"), {})
+    [[python, script, *args]] = commands(ROOT / "docs" / "sequences.md")
+    assert (python, script) == ("python", "fastdit/train.py")
+    train.train(*parse_run([*args, "--log.sample_every", "100000", "--parallel.precision", "fp32"], "train.py", ""))
+    found = locate("runs/waves")
+    m = found.config.model
+    assert (m.input_size, m.channels, m.num_classes, m.condition) == ((32,), 2, 2, 1)
+    assert found.images_seen == 3200
+    assert found.normaliser is not None
+    offset, scale = found.normaliser.x
+    assert all(19 < value < 21 for value in offset)  # the waves are about 20, and 5 high
+    assert all(3 < value < 4 for value in scale)
+
+
+def test_the_page_on_a_policy_runs(home):
+    tiny = replace(RECIPES["robot"], model={"depth": 1, "width": 16, "num_heads": 1}, run={"name": "robot"})
+    model = DiT(tiny.model, REFERENCE)
+    model.init_weights(0)
+    model.normaliser = Normaliser("min_max", Affine((0.0,) * 4, (1.0,) * 4), Affine((0.0,) * 39, (1.0,) * 39))
+    save_pretrained(model, home / "runs" / "robot", tiny)
+    classes.write(home / "runs" / "robot", TASKS)
+    given = {}
+    [block] = blocks(ROOT / "docs" / "policy.md", "python")
+    exec(compile(block, "policy.md", "exec"), given)
+    assert given["actions"].shape == (1, 16, 4)
 
 
 def test_the_notebook_runs(home):

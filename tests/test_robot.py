@@ -5,21 +5,31 @@ Where the simulator is not installed, a point that has to reach a goal stands in
 
 import importlib.util
 import itertools
+import json
 import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
+from fastdit_kernels.reference import REFERENCE
+from PIL import Image
 
+from fastdit import evaluate, sampling
 from fastdit.config import Config, DataConfig, UserError, replace
 from fastdit.data import encoding, experts
 from fastdit.data import pack as packs
-from fastdit.data.normaliser import Normaliser
+from fastdit.data.normaliser import Affine, Normaliser
+from fastdit.model import DiT
 from fastdit.recipes import RECIPES
-from fastdit.robot import evaluation, film, rollouts, simulator
+from fastdit.robot import closed_loop, evaluation, film, rollouts, simulator
 from fastdit.robot.evaluation import EXPERT, Work
+from fastdit.robot.policy import Policy
 from fastdit.robot.simulator import TASKS, Simulator
 from fastdit.runtime.ranks import World
+from fastdit.runtime.run import load_config, save_config
+from fastdit.weights.folder import save_pretrained
 
 CPU = torch.device("cpu")
 simulated = pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="needs pip install -e '.[robot]'")
@@ -229,3 +239,125 @@ def test_a_machine_that_cannot_render_gets_a_plot(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", run)
     assert film.show(tmp_path, {**episodes[0], "seed": 1}, episodes) == tmp_path / "paths.png"
     assert ran == ["egl", "osmesa"]
+
+
+# --- a policy ---
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of the recipe with a tiny network, whose plans are its random start."""
+    tiny = {"depth": 1, "width": 16, "num_heads": 1}
+    config = replace(RECIPES["robot"], model=tiny, run={"name": "robot"}, parallel={"precision": "fp32"})
+    model = DiT(config.model, REFERENCE)
+    model.init_weights(0)
+    with torch.no_grad():
+        for part in (model.final_layer.linear, model.adaLN_modulation):  # they start at zero
+            part.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    normal = Affine((0.0,) * 39, (2.0,) * 39)
+    model.normaliser = Normaliser("min_max", Affine((0.5,) * 4, (2.0,) * 4), normal)
+    save_pretrained(model, tmp_path / "robot", config)
+    return tmp_path / "robot"
+
+
+def test_a_plan_is_a_function_of_observation_task_seed_and_number(run):
+    policy = Policy.load(run)
+    observations = np.random.default_rng(0).normal(size=(3, 39))
+    plan = policy.plan(observations, 2, steps=2, seed=1, number=7)
+    assert plan.shape == (3, 16, 4)
+    assert torch.equal(plan, Policy.load(run).plan(observations, 2, steps=2, seed=1, number=7))
+    torch.testing.assert_close(plan[1:2], policy.plan(observations[1:2], 2, steps=2, seed=1, number=8))
+    for other in ({"seed": 2, "number": 7}, {"seed": 1, "number": 6}):
+        assert not torch.allclose(plan, policy.plan(observations, 2, steps=2, **other))
+    assert not torch.allclose(plan, policy.plan(observations, 3, steps=2, seed=1, number=7))
+    assert not torch.allclose(plan, policy.plan(observations + 1, 2, steps=2, seed=1, number=7))
+
+
+def test_plans_are_in_physical_units(run):
+    policy = Policy.load(run)
+    observations = np.random.default_rng(0).normal(size=(2, 39))
+    x0 = sampling.sample(
+        policy.model,
+        policy.config.diffusion,
+        (2, 4, 16),
+        torch.tensor([1, 1]),
+        condition=torch.from_numpy(observations / 2).float(),
+        steps=3,
+        seed=4,
+        first=0,
+    )
+    torch.testing.assert_close(policy.plan(observations, 1, steps=3, seed=4), (x0 * 2 + 0.5).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "label", "said"),
+    [
+        ((1, 38), 0, r"^observations of 1×38; this policy takes \[B, 39\]$"),
+        ((39,), 0, r"^observations of 39; this policy takes \[B, 39\]$"),
+        ((1, 39), None, r"^task None; this policy knows tasks 0 … 5$"),
+        ((1, 39), 6, r"^task 6; this policy knows tasks 0 … 5$"),
+    ],
+)
+def test_a_policy_refuses_what_it_does_not_know(run, shape, label, said):
+    with pytest.raises(UserError, match=said):
+        Policy.load(run).plan(np.zeros(shape), label)
+    with pytest.raises(UserError, match=r"^an observation holds numbers that are not finite$"):
+        Policy.load(run).plan(np.full((1, 39), np.nan), 0)
+
+
+def test_evaluate_plays_episodes_once_and_keeps_the_figures(run, points, monkeypatch, capsys):
+    monkeypatch.setattr(closed_loop, "require", lambda: None)
+    monkeypatch.setattr(film, "show", lambda folder, episode, others: folder / "paths.png")
+    monkeypatch.setattr(Policy, "latency", lambda self, steps, repeats: (2.0, 3.0))
+    evaluate.evaluate(evaluate.Options(str(run), num_images=3, steps=2, seed=5))
+    said = capsys.readouterr().out
+    assert "success in 3 episodes a task on goals that no training episode had, seed 5; 95 % intervals" in said
+    assert "a chunk at 2 evaluations: 2.0 ms, 99th percentile 3.0 ms" in said
+    figures = json.loads((run / "policy-5.json").read_text())
+    assert figures["success"]["0"] == {task: [3, 3] for task in TASKS}
+    assert set(figures["success"]) == {"0", "2"}
+    assert figures["latency_ms"] == {"2": {"median": 2.0, "p99": 3.0}}
+
+    def again(*_: object) -> list[rollouts.Outcome]:
+        raise AssertionError("played twice")
+
+    monkeypatch.setattr(rollouts, "group", again)
+    evaluate.evaluate(evaluate.Options(str(run), num_images=3, steps=2, seed=5))
+    assert json.loads((run / "policy-5.json").read_text())["success"] == figures["success"]
+
+
+def test_arrays_without_a_simulator_are_refused(run):
+    config = load_config(run / "config.json")
+    save_config(replace(config, data={"path": "waves"}), run / "config.json")
+    with pytest.raises(
+        UserError, match=r"was trained on waves; only policies of the recipe robot have a simulator to be played in$"
+    ):
+        evaluate.evaluate(evaluate.Options(str(run)))
+
+
+def test_a_film_repeats_the_episode(tmp_path, monkeypatch):
+    """By a renderer that paints where the hand is: no display is needed."""
+    seen = []
+
+    class Renderer:
+        def __init__(self, model: object, height: int, width: int) -> None:
+            self.shape = (height, width, 3)
+
+        def update_scene(self, data: Point, camera: str) -> None:
+            seen.append(data.at.copy())
+
+        def render(self) -> np.ndarray:
+            return np.full(self.shape, 40 * len(seen) % 256, np.uint8)
+
+    class Filmed(Point):
+        @property
+        def env(self) -> types.SimpleNamespace:
+            return types.SimpleNamespace(model=None, data=self)
+
+    monkeypatch.setitem(sys.modules, "mujoco", types.SimpleNamespace(Renderer=Renderer))
+    monkeypatch.setattr(film, "Simulator", Filmed)
+    actions = [[0.5, 0.0, 0.25, 0.0]] * 6
+    film.render({"task": "reach", "seed": 3, "actions": actions}, tmp_path / "episode.gif")
+    np.testing.assert_allclose(seen, [[0.5 * n, 0.0, 0.25 * n] for n in (1, 3, 5)])
+    with Image.open(tmp_path / "episode.gif") as made:
+        assert (made.n_frames, made.size) == (3, (film.SIZE, film.SIZE))

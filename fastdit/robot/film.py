@@ -22,6 +22,7 @@ from fastdit.runtime.files import atomic
 
 WAYS = ("egl", "osmesa")  # of MuJoCo to render without a display
 SIZE = 240  # pixels, each side
+CAMERA = "corner2"  # of Meta-World's scenes
 EVERY = 2  # steps between two frames
 TIMEOUT = 120  # seconds that a rendering may take
 
@@ -49,13 +50,17 @@ def show(folder: Path, episode: Mapping[str, Any], others: Sequence[Mapping[str,
 
 def render(episode: Mapping[str, Any], out: Path) -> None:
     """Repeat an episode from its seed and actions, and keep what the simulator's camera sees."""
-    simulator = Simulator(episode["task"], render_mode="rgb_array", camera_name="corner2", width=SIZE, height=SIZE)
+    import mujoco
+
+    simulator = Simulator(episode["task"])
+    camera = mujoco.Renderer(simulator.env.model, SIZE, SIZE)
     simulator.reset(episode["seed"])
     frames = []
     for n, action in enumerate(episode["actions"]):
         simulator.step(np.array(action))
         if n % EVERY == 0:
-            frames.append(Image.fromarray(np.ascontiguousarray(simulator.env.render()[::-1])))  # the camera hangs upside down
+            camera.update_scene(simulator.env.data, camera=CAMERA)
+            frames.append(Image.fromarray(np.rot90(camera.render(), 2)))  # this camera hangs upside down
     with atomic(out) as file:
         frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
 

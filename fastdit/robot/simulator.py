@@ -31,14 +31,14 @@ def require() -> None:
 class Simulator:
     """One task, in one episode at a time."""
 
-    def __init__(self, task: str, **options: Any) -> None:
-        """options: of Meta-World's environment, a render_mode say. Raises UserError where the simulator is not installed."""
+    def __init__(self, task: str) -> None:
+        """Raises UserError where the simulator is not installed."""
         require()
         with _quiet():
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
             from metaworld.policies import ENV_POLICY_MAP
 
-            self.env: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-v3-goal-observable"](seed=0, **options)
+            self.env: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-v3-goal-observable"](seed=0)
             self.policy: Any = ENV_POLICY_MAP[f"{task}-v3"]()
         # Each reset draws objects and goal anew, from the seed that `reset` sets.
         self.env._freeze_rand_vec = False
