@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The first hour of a stranger with pictures of their own, as ten walks. Each prints PASS or FAIL and its seconds.
-# Needs `pip install -e '.[dev]'` and no GPU; about four minutes on two cores. tests/walk.sh [NUMBER …] walks some of them.
+# Needs `pip install -e '.[dev]'` and no GPU; minutes on two idle cores, much longer on busy ones. tests/walk.sh [NUMBER …]
+# walks some of them.
 # The exit status is 1 if a walk failed; its last lines are printed, and the very last names the line of this file that failed.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
