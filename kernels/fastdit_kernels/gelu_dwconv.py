@@ -82,7 +82,8 @@ def columns_read(split: Split, width: int, tile: Tile, before: int, after: int) 
 # sums of the backward leave no room for more. A warp then still takes whole 128-byte lines: 64 channels of each token.
 FORWARD_TILES = {3: Tile(4, 4, 1), 4: Tile(2, 8, 2), 5: Tile(2, 8, 2)}
 BACKWARD_TILES = {3: Tile(2, 8, 2), 4: Tile(4, 4, 2), 5: Tile(4, 4, 4)}
-BACKWARD_TILES_OF = {(3, 120): Tile(4, 4, 2), (4, 100): Tile(4, 4, 4)}  # (K, architecture): these need more registers
+# By (K, architecture): these need more registers.
+BACKWARD_TILES_OF = {(3, 120): Tile(4, 4, 2), (4, 100): Tile(4, 4, 4), (4, 120): Tile(4, 4, 4)}
 
 # Tokens of a program for each tap: what every program reads and writes besides, taps and sums, grows with K².
 FORWARD_TOKENS, BACKWARD_TOKENS = 32, 64

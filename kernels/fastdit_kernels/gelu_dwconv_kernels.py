@@ -33,18 +33,23 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _sigmoid(x):
-    """σ(2C·(x + A·x³)), of which GELU_tanh(x) = x·σ is made, as exactly as fp32 has it."""
-    power = x * (x * x * (-2.0 * C * A * LOG2E) - 2.0 * C * LOG2E)
-    root = tl.rsqrt(1.0 + tl.exp2(tl.minimum(power, 126.0)))  # a root and a product: a division takes three instructions more
+def _exponential(x):
+    """exp(-2C·(x + A·x³)), and no more than 1 + it can hold."""
+    return tl.exp2(tl.minimum(x * (x * x * (-2.0 * C * A * LOG2E) - 2.0 * C * LOG2E), 126.0))
+
+
+@triton.jit
+def _sigmoid(e):
+    """1/(1 + e), of which GELU_tanh(x) = x·σ is made, as exactly as fp32 has it."""
+    root = tl.rsqrt(1.0 + e)  # a root and a product: a division takes three instructions more
     return root * root
 
 
 @triton.jit
-def _gelu(y, EXACT: tl.constexpr):
+def gelu(y, EXACT: tl.constexpr):
     """GELU_tanh(2y). Half of x comes free where x = h + bias is formed, and leaves four instructions and the tanh."""
     if EXACT:
-        return 2.0 * y * _sigmoid(2.0 * y)
+        return 2.0 * y * _sigmoid(_exponential(2.0 * y))
     else:
         u = y * (y * y * (8.0 * C * A) + 2.0 * C)
         tanh: tl.constexpr = "tanh.approx.f32 $0, $1;"
@@ -52,11 +57,15 @@ def _gelu(y, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _gelu_and_slope(x):
-    """GELU_tanh(x) and its derivative. Always exact: of tanh.approx the slope would take (1 - t²)·x³, all cancellation."""
-    s = _sigmoid(x)
-    q = x * (x * x * (6.0 * C * A) + 2.0 * C)
-    return x * s, s + s * (q - s * q)
+def gelu_and_slope(x):
+    """GELU_tanh(x) and its derivative, σ + x·σ·(2C + 6C·A·x²)·(1 - σ).
+
+    Always exact: of tanh.approx the slope would take (1 - t²)·x³, all cancellation. So is 1 - σ where σ is near 1: e·σ is not.
+    """
+    e = _exponential(x)
+    s = _sigmoid(e)
+    value = x * s
+    return value, s + value * (x * x * (6.0 * C * A) + 2.0 * C) * (e * s)
 
 
 @triton.jit
@@ -134,7 +143,7 @@ def gelu_dwconv_forward_kernel(
             for i in tl.static_range(COLS + K - 1):
                 m_x = inside(m_s, o_x, i - BEFORE, W, COLS)
                 b_h = tl.load(p_in + (i - BEFORE) * F, mask=m_x & m_c, other=0.0).to(tl.float32)
-                b_g = b_g + (tl.where(m_x, _gelu(0.5 * b_h + b_half_bias, EXACT), 0.0),)
+                b_g = b_g + (tl.where(m_x, gelu(0.5 * b_h + b_half_bias, EXACT), 0.0),)
             rows = ()
             for j in tl.static_range(K):
                 b_taps = load_taps(p_taps + (K - 1 - j) * K * F + o_c, m_c, F, K)
@@ -198,7 +207,7 @@ def gelu_dwconv_backward_kernel(
             for c in tl.static_range(COLS):
                 m_x = inside(m_s, o_x, c, W, COLS)
                 b_h = tl.load(p_centre + c * F, mask=m_x & m_c, other=0.0).to(tl.float32)
-                b_value, b_derivative = _gelu_and_slope(b_h + b_bias)
+                b_value, b_derivative = gelu_and_slope(b_h + b_bias)
                 if W % COLS != 0:  # a column past the grid meets dz of the last one inside it
                     b_value = tl.where(m_x, b_value, 0.0)
                     b_derivative = tl.where(m_x, b_derivative, 0.0)
