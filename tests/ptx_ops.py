@@ -68,6 +68,14 @@ def bit_field(a: Array, position: Array, length: Array) -> Array:
     return field.astype(a.dtype)
 
 
+def wide_bit_field(a: Array, position: Array, length: Array) -> Array:
+    """bfe.u64."""
+    at, length = ((n & 255).astype(np.uint64) for n in (position, length))
+    one = np.uint64(1)
+    mask = np.where(length > 63, ~np.uint64(0), (one << np.minimum(length, np.uint64(63))) - one)
+    return np.where(at > 63, np.uint64(0), a >> np.minimum(at, np.uint64(63))) & mask
+
+
 def permute(a: Array, b: Array, selector: Array) -> Array:
     """prmt: four of the eight bytes of b and a; the high bit of a selector repeats the byte's sign."""
     both, result = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32), np.uint32(0)
@@ -166,6 +174,7 @@ def exact() -> dict[str, Op]:
     for t in ("u32", "s32"):
         define(f"bfe.{t}", t, f"{t} u32 u32", bit_field)
         define(f"cvt.rn.f32.{t}", "f32", t, lambda a: a.astype(np.float32))
+    define("bfe.u64", "u64", "u64 u32 u32", wide_bit_field)
     define("prmt.b32", "b32", "b32 b32 b32", permute)
 
     define("mul.f32", "f32", "f32 f32", np.multiply)

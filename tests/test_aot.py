@@ -144,6 +144,35 @@ def test_gelu_dwconv_instructions_per_element(rows, K, forward, backward):
         assert max(found) <= limit, found
 
 
+@pytest.mark.parametrize("K", [3, 4, 5, 7])
+def test_gelu_dwconv1d_moves_its_streams_128_bits_at_a_time(rows, K):
+    """But the backward of K > 3, where four channels of a thread leave room for twice the warps: 64 bits."""
+    tokens, bits = 4, "128" if K == 3 else "64"
+    assert sum(row["op"].startswith(f"gelu_dwconv1d K={K} ") for row in rows) == 4  # directions and devices
+    for _, kernel in kernels(rows, f"gelu_dwconv1d K={K} ", "gelu_dwconv1d_forward_kernel"):
+        assert kernel["loads"] == {"128": tokens + K - 1 + 2 * K + 2}  # h, taps (eight fp32 are two accesses), biases
+        assert kernel["stores"] == {"128": tokens}
+    for _, kernel in kernels(rows, f"gelu_dwconv1d K={K} ", "gelu_dwconv1d_backward_kernel"):
+        streams = 2 * tokens + K - 1 + 1  # h, dz, bias
+        assert kernel["loads"] == ({"128": streams + 2 * K} if K == 3 else {"64": streams, "128": K})
+        assert kernel["stores"] == {bits: tokens, "32": K + 2}
+    for _, kernel in kernels(rows, f"gelu_dwconv1d K={K} ", "sum_partials_kernel"):
+        assert set(kernel["loads"]) == {"128"}
+
+
+@pytest.mark.parametrize(("K", "forward", "backward"), [(3, 14, 30), (4, 16, 34), (5, 16, 36), (7, 20, 42)])
+def test_memory_binds_the_convolution_along_sequences(rows, K, forward, backward):
+    """With far fewer instructions than the K×K one, of which it would waste all but a row."""
+    for direction, limit in (("forward", forward), ("backward", backward)):
+        found = [row for row in rows if row["op"] == f"gelu_dwconv1d K={K} {direction}"]
+        assert len(found) == 2
+        for row in found:
+            assert row["instructions_per_element"] <= limit, row["instructions_per_element"]
+            assert row["bytes_per_element"] <= 1.05 * row["floor_bytes_per_element"]
+            assert row["bound_by"] == "bytes", (row["device"], row["bound_us"])
+            assert max(kernel["registers"] for kernel in row["kernels"]) <= 192
+
+
 def test_gelu_dwconv_moves_at_most_8_percent_over_the_floor(rows):
     for row in rows:
         if row["op"].startswith("gelu_dwconv "):

@@ -18,7 +18,7 @@ from fastdit_kernels.triton_ops import TRITON
 
 with pytest.MonkeyPatch.context() as patch:  # files beside this one, which are no package
     patch.syspath_prepend(Path(__file__).parent)
-    OPS = ("ln_modulate", "gate_residual_ln_modulate", "gelu_dwconv")
+    OPS = ("ln_modulate", "gate_residual_ln_modulate", "gelu_dwconv", "gelu_dwconv1d")
     INPUTS = {op: importlib.import_module(f"test_{op}").inputs for op in OPS}
     adamw = importlib.import_module("test_adamw_ema")
 
@@ -33,16 +33,22 @@ SMALL = [
     ("gelu_dwconv", (3, 5, 7, 70, 3), False),
     ("gelu_dwconv", (2, 5, 8, 70, 4), False),
     ("gelu_dwconv", (1, 7, 5, 33, 5), False),
+    ("gelu_dwconv1d", (3, 23, 70, 3), False),
+    ("gelu_dwconv1d", (2, 66, 33, 4), False),
+    ("gelu_dwconv1d", (3, 5, 33, 7), False),
 ]
 ROWS = [(2, 33, 768), (3, 5, 1152), (5, 33, 97), (1, 70, 40), (2, 3, 3), (1, 2, 8192)]
 GRIDS = [(2, 4, 16, 64), (3, 5, 7, 70), (1, 3, 37, 65), (2, 1, 2, 8)]
+LENGTHS = [(3, 23, 70), (2, 131, 64), (9, 1, 8)]
 WHOLE = [
     *((op, shape, False) for op in OPS[:2] for shape in ROWS),
     *((op, (3, 5, 768), True) for op in OPS[:2]),
     *(("gelu_dwconv", (*grid, K), False) for K in (3, 4, 5) for grid in GRIDS),
     *(("gelu_dwconv", (2, 4, 6, 64, K), True) for K in (3, 4, 5)),
+    *(("gelu_dwconv1d", (*lengths, K), False) for K in (3, 4, 5, 7) for lengths in LENGTHS),
+    *(("gelu_dwconv1d", (2, 9, 64, K), True) for K in (3, 4, 5, 7)),
 ]
-SOME = [case for case in WHOLE if case[1][-1] in (768, 97) or case[1][:4] == GRIDS[1]]
+SOME = [case for case in WHOLE if case[1][-1] in (768, 97) or GRIDS[1] == case[1][:4] or LENGTHS[0] == case[1][:3]]
 CASES = [  # and the types of streams, and of modulations or parameters
     *((*case, dtype, dtype) for case in WHOLE for dtype in (BF16, FP32)),
     *((*case, *dtypes) for case in SOME for dtypes in [(BF16, FP32), (FP16, FP16)]),
@@ -58,24 +64,24 @@ def bar(op, name, stream, parameter, e):
     """What an output or a gradient may err by: the bars of the op's own tests."""
     if stream == FP32:
         return 1e-6 if name.startswith("out") else 1e-5
-    if op == "gelu_dwconv":
+    if op.startswith("gelu_dwconv"):
         return 1e-6 if parameter == FP32 and name in ("dbias", "dweight", "dconv_bias") else 1.1 * e.reference
     return max(1.1 * e.reference, 1e-6)
 
 
 VARIANTS = {  # of an op: the kernel's and the reference's
-    "": lambda op: (getattr(TRITON, op), getattr(reference, op)),
+    "": lambda op: (getattr(TRITON, op.removesuffix("1d")), getattr(reference, op.removesuffix("1d"))),
     "m alone": lambda op: [lambda *given, f=f: f(*given)[1] for f in (getattr(TRITON, op), getattr(reference, op))],
     "exact": lambda op: (partial(getattr(TRITON, op), exact=True), getattr(reference, op)),
 }
 
 
-def meets_its_bar(errors, compiled, table, op, shape, unaligned, arch, stream, parameter, variant=""):
-    inputs = INPUTS[op](shape, stream, parameter, torch.device("cpu"))
+def meets_its_bar(errors, compiled, table, op, shape, unaligned, arch, stream, parameter, variant="", **options):
+    inputs = INPUTS[op](shape, stream, parameter, torch.device("cpu"), **options)
     if unaligned:
         inputs = {k: beside(v, 1) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    kernel = f"{op} K={shape[-1]}" if op == "gelu_dwconv" else op
+    kernel = f"{op} K={shape[-1]}" if op.startswith("gelu_dwconv") else op
     over = []
     for sign in (1, -1):
         launched = compiled(arch, sign)
@@ -102,6 +108,19 @@ def test_compiled_code_meets_the_bar(errors, compiled, ptx_table, op, shape, una
 def test_what_an_op_may_leave_out_or_ask_for(errors, compiled, ptx_table, op, variant, shape, arch):
     """After the last block nothing reads r, and no gradient arrives there; a GELU may be asked to be exact."""
     meets_its_bar(errors, compiled, ptx_table, op, shape, False, arch, BF16, BF16, variant)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("op", "shape"), [(OPS[2], (2, 5, 8, 70, 4)), (OPS[3], (3, 23, 70, 3))])
+def test_gradients_of_fp32_parameters_are_fp32(errors, compiled, ptx_table, op, shape, arch):
+    """Under a 16-bit stream: a sum of slopes, where 1 - σ must not be all cancellation, shows every rounding of fp32's."""
+    meets_its_bar(errors, compiled, ptx_table, op, shape, False, arch, BF16, FP32)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("parameter", [BF16, FP32])
+def test_the_bias_of_a_gated_residual(errors, compiled, ptx_table, parameter, arch):
+    meets_its_bar(errors, compiled, ptx_table, OPS[1], (5, 33, 97), False, arch, BF16, parameter, bias=True)
 
 
 @pytest.mark.ptx

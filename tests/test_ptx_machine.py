@@ -142,6 +142,8 @@ def computed(body, threads=32, **options):
         ("shr.u32 %r9, -8, 40;", 0),
         ("bfe.u32 %r9, 0xABCD, 4, 8;", 0xBC),
         ("bfe.s32 %r9, 0xABCD, 4, 8;", 0xFFFFFFBC),
+        ("mul.wide.s32 %rd8, -2, 3;\nbfe.u64 %rd8, %rd8, 1, 31;\ncvt.u32.u64 %r9, %rd8;", 0x7FFFFFFD),
+        ("mul.wide.s32 %rd8, -2, 3;\nbfe.u64 %rd8, %rd8, 40, 64;\ncvt.u32.u64 %r9, %rd8;", 0x00FFFFFF),
         ("prmt.b32 %r9, 0x33221100, 0x77665544, 0x7610;", 0x77661100),
         ("prmt.b32 %r9, 0x33F21170, 0x77665544, 0xA8A8;", 0xFF00FF00),
         ("mul.hi.u32 %r9, -1, -1;", 0xFFFFFFFE),

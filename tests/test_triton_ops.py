@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from fastdit_kernels import Ops, gate_residual_ln_modulate, gelu_dwconv, ln_modulate
+from fastdit_kernels import Ops, gate_residual_ln_modulate, gelu_dwconv, gelu_dwconv1d, ln_modulate
 from fastdit_kernels.reference import REFERENCE
 from fastdit_kernels.triton_ops import TRITON
 from torch import Tensor, nn
@@ -117,13 +117,16 @@ def random_weights(module: nn.Module) -> None:
             p.copy_(torch.randn(p.shape, generator=rng) * 0.1)
 
 
-@pytest.mark.parametrize("conv_kernel", [0, 3, 4, 5])
-def test_the_whole_model_has_the_references_loss_and_every_gradient(device, conv_kernel):
+@pytest.mark.parametrize(
+    ("input_size", "conv_kernel"), [*(((10, 6), K) for K in (0, 3, 4, 5)), ((18,), 3), ((18,), 7), ((2, 6, 4), 4)]
+)
+def test_the_whole_model_has_the_references_loss_and_every_gradient(device, input_size, conv_kernel):
+    """Images, sequences and a video."""
     config = ModelConfig(
-        input_size=(10, 6), channels=4, num_classes=3, patch=2, depth=3, width=40, num_heads=2, conv_kernel=conv_kernel
+        input_size=input_size, channels=4, num_classes=3, patch=2, depth=3, width=40, num_heads=2, conv_kernel=conv_kernel
     )
     rng = torch.Generator().manual_seed(4)
-    x, target = (torch.randn(3, 4, 10, 6, generator=rng).to(device) for _ in range(2))
+    x, target = (torch.randn(3, 4, *input_size, generator=rng).to(device) for _ in range(2))
     t, y = torch.tensor([5, 400, 999], device=device), torch.tensor([0, 2, 1], device=device)
 
     def loss_and_gradients(ops: Ops) -> tuple[Tensor, dict[str, Tensor]]:
@@ -167,7 +170,7 @@ def test_the_models_own_block_compiles_whole_with_every_kernel(device):
 @pytest.fixture
 def unlaunched(monkeypatch):
     """Ops that allocate their outputs and compute nothing: what a compiler makes of them does not depend on their values."""
-    for module in (ln_modulate, gate_residual_ln_modulate, gelu_dwconv):
+    for module in (ln_modulate, gate_residual_ln_modulate, gelu_dwconv, gelu_dwconv1d):
         monkeypatch.setattr(module, "run", lambda *_, **__: None)
     torch._dynamo.reset()
     yield
@@ -179,13 +182,14 @@ SHARES = [global_batch // world for global_batch in (16, 24) for world in (1, 2,
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at that of each tensor it is given
 @pytest.mark.usefixtures("unlaunched")
-def test_any_number_of_batch_sizes_makes_one_static_and_one_dynamic_graph(device):
+@pytest.mark.parametrize("input_size", [(8, 8), (32,), (2, 8, 4)])  # 16 tokens each
+def test_any_number_of_batch_sizes_makes_one_static_and_one_dynamic_graph(device, input_size):
     """Of each grad mode, for training and drawing in turns, with and without guidance, at the batch sizes of 1, 2 and 8 ranks.
 
     A batch of one has a graph of its own: the compiler makes every size of 1 a constant. Three graphs of two modes are within
     its limit of eight; with a graph for each way of splitting the work they were not, and the run died.
     """
-    config = ModelConfig(input_size=(8, 8), channels=4, num_classes=3, patch=2, depth=2, width=64, num_heads=2)
+    config = ModelConfig(input_size=input_size, channels=4, num_classes=3, patch=2, depth=2, width=64, num_heads=2)
     model = DiT(config, TRITON).to(device)
     compiled: list[tuple[bool, int]] = []  # whether with gradients, and the batch size it was made at
 
@@ -198,7 +202,7 @@ def test_any_number_of_batch_sizes_makes_one_static_and_one_dynamic_graph(device
         block.compile(fullgraph=True, backend=backend)
 
     def run(batch: int) -> Tensor:
-        noise, times = torch.randn(batch, 4, 8, 8, device=device), torch.zeros(batch, device=device)
+        noise, times = torch.randn(batch, 4, *input_size, device=device), torch.zeros(batch, device=device)
         return model(noise, times, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def draw(batch: int) -> None:

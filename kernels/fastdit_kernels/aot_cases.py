@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdit_kernels import adamw_ema, gate_residual_ln_modulate, gelu_dwconv, ln_modulate
+from fastdit_kernels import adamw_ema, gate_residual_ln_modulate, gelu_dwconv, gelu_dwconv1d, ln_modulate
 from fastdit_kernels.launch import Launch
 
 SAMPLES, TOKENS = 32, 256  # of one GPU's batch at 256×256 pixels
 WIDTHS = (768, 1024, 1152, 1536)
 HIDDEN = ((3072, 3), (4608, 3), (3072, 4), (3072, 5))  # width of the MLP, and side of its convolution
+HIDDEN_1D = ((3072, 3), (3072, 4), (3072, 5), (3072, 7))  # and taps of one along sequences
 ELEMENT = 2  # bytes of a bf16
 
 
@@ -95,6 +96,24 @@ def gelu_dwconv_cases(B: int, side: int, F: int, K: int, arch: int) -> list[Case
     ]  # fmt: skip
 
 
+def gelu_dwconv1d_cases(B: int, L: int, F: int, K: int) -> list[Case]:
+    moved = gelu_dwconv1d.traffic(B, L, F, K, ELEMENT, ELEMENT)
+    h, bias, taps = meta(B, L, F), meta(F), meta(K, F, dtype=torch.float32)
+    ahead, back = gelu_dwconv1d.forward_split(B, L, K), gelu_dwconv1d.backward_split(B, L, K)
+    return [
+        Case(
+            f"gelu_dwconv1d K={K} forward", F, h.numel(), 4, moved["forward"],
+            lambda launch: gelu_dwconv1d.forward(h, bias, taps, bias, False, launch),
+            {"gelu_dwconv1d_forward_kernel": (ahead.steps, ahead.segment // gelu_dwconv1d.FORWARD_TILES[K].tokens)},
+        ),
+        Case(
+            f"gelu_dwconv1d K={K} backward", F, h.numel(), 6, moved["backward"],
+            lambda launch: gelu_dwconv1d.backward(h, h, bias, taps, launch),
+            {"gelu_dwconv1d_backward_kernel": (back.steps, back.segment // gelu_dwconv1d.BACKWARD_TILES[K].tokens)},
+        ),
+    ]  # fmt: skip
+
+
 def adamw_ema_cases(D: int) -> list[Case]:
     """Tensors of a block's shapes: its four matrices' worth of numbers, and biases. All fp32; then with gradients and copies in
     16 bits, as a network has them that computes in these.
@@ -128,4 +147,5 @@ def cases(arch: int, widths: tuple[int, ...] = WIDTHS) -> list[Case]:
     side = math.isqrt(TOKENS)
     adaln += [case for D in widths for case in gate_residual_ln_modulate_cases(SAMPLES, TOKENS, D, with_bias=True)]
     convolution = [case for F, K in HIDDEN for case in gelu_dwconv_cases(SAMPLES, side, F, K, arch)]
+    convolution += [case for F, K in HIDDEN_1D for case in gelu_dwconv1d_cases(SAMPLES, TOKENS, F, K)]
     return adaln + convolution + adamw_ema_cases(widths[0])  # whatever the widths, it is one kernel

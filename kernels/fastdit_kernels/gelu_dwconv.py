@@ -29,6 +29,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastdit_kernels import gelu_dwconv1d
 from fastdit_kernels.checks import STREAM_DTYPES, require, require_stream
 from fastdit_kernels.gelu_dwconv_kernels import gelu_dwconv_backward_kernel, gelu_dwconv_forward_kernel
 from fastdit_kernels.launch import Launch, architecture, run
@@ -199,12 +200,13 @@ _op.register_autograd(_differentiate, setup_context=_save)
 
 
 def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, *grid: int, exact: bool = False) -> Tensor:
-    """Depthwise K×K convolution of GELU_tanh(h + bias) on the token grid (LocalViT, arXiv 2104.05707).
+    """Depthwise convolution of GELU_tanh(h + bias) on the token grid (LocalViT, arXiv 2104.05707, is its case of images).
 
-    h [B, T, F], contiguous, bf16, fp16 or fp32, F up to 8192; bias and conv_bias [F] and weight [F, 1, K, K] as nn.Conv2d
-    keeps it, K in {3, 4, 5}, contiguous, of one such dtype. The grid is (height, width), or (frames, height, width) of a video,
-    whose frames are images here; its product is T. Zero padding of the activation keeps the grid: (K-1)//2 before and K//2
-    after. Returns [B, T, F] in h's dtype. Raises ValueError for anything else.
+    h [B, T, F], contiguous, bf16, fp16 or fp32, F up to 8192; bias, conv_bias [F] and weight contiguous, of one such dtype. The
+    grid, whose product is T, is (length) for a weight [F, 1, K], K in {3, 4, 5, 7}, or (height, width) for one of [F, 1, K, K],
+    K in {3, 4, 5}, as nn.Conv1d and nn.Conv2d keep them. (frames, height, width) convolves each frame as an image. Zero padding
+    of the activation keeps the grid: (K-1)//2 before and K//2 after. Returns [B, T, F] in h's dtype. Raises ValueError for
+    anything else.
 
     In the forward of a bf16 stream tanh is the GPU's own instruction, whose relative error is 2⁻¹¹, an eighth of bf16's.
     `exact` asks for one formed from exp. Gradients and other streams always get that one: the instruction's error is as large
@@ -212,15 +214,21 @@ def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, *gri
     """
     require_stream(OP, "h", h, "[B, T, F]")
     _, T, F = h.shape
-    if weight.ndim != 4 or weight.shape[-1] not in FORWARD_TILES:
-        raise ValueError(f"{OP}: weight has shape {list(weight.shape)}, expected [F, 1, K, K] with K = 3, 4 or 5")
-    if len(grid) not in (2, 3) or min(grid) < 1 or math.prod(grid) != T:
-        raise ValueError(f"{OP}: h has {T} tokens, which is not the product of the grid {grid} of (height, width)")
-    K, (height, width) = weight.shape[-1], grid[-2:]
+    if len(grid) not in (1, 2, 3) or min(grid) < 1 or math.prod(grid) != T:
+        raise ValueError(f"{OP}: h has {T} tokens; the grid has 1, 2 or 3 lengths whose product they are, and is {grid}")
+    sides, sizes = (1, tuple(gelu_dwconv1d.FORWARD_TILES)) if len(grid) == 1 else (2, tuple(FORWARD_TILES))
+    K, dims = weight.shape[-1] if weight.ndim else 0, f"[F, 1, {', '.join('K' * sides)}]"
+    if weight.ndim != 2 + sides or K not in sizes:
+        raise ValueError(
+            f"{OP}: weight has shape {list(weight.shape)}; expected {dims} with K in {sizes} for a grid of {len(grid)}"
+        )
     require(OP, "bias", bias, "[F]", (F,), STREAM_DTYPES, h.device)
-    require(OP, "weight", weight, "[F, 1, K, K]", (F, 1, K, K), (bias.dtype,), h.device)
+    require(OP, "weight", weight, dims, (F, 1, *(K,) * sides), (bias.dtype,), h.device)
     require(OP, "conv_bias", conv_bias, "[F]", (F,), (bias.dtype,), h.device)
     # Transposed and cast by one kernel, which without `copy` would leave an fp32 weight where it is.
-    taps = weight.reshape(F, K * K).t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    taps = weight.reshape(F, K**sides).t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if sides == 1:
+        return gelu_dwconv1d.gelu_dwconv1d(h, bias, taps, conv_bias, exact)
+    height, width = grid[-2:]
     images = h.view(-1, height * width, F) if len(grid) == 3 else h  # each frame is one
     return _op(images, bias, taps, conv_bias, height, width, exact).view(h.shape)
