@@ -188,6 +188,11 @@ class Optimizer:
         self.copies: list[nn.Parameter] = []  # of adamw.named's, written by the kernel
         if kernel and not isinstance(self.ema, PostHoc):
             self.copies = [p for p in named_parameters(model).values() if main_param(p) is not p]
+            states = [self.adamw.state[p] for p in self.adamw.named.values()]
+            moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            averages = [self.ema.tensors[name] for name in self.adamw.named]
+            lists = ([*self.adamw.named.values()], *moments, averages, self.copies)
+            self.shards = [[local(t) for t in tensors] for tensors in lists]  # found once: a step moves none of them
             from fastdit_kernels.adamw_ema import adamw_ema, addresses  # here: they import triton, which only Linux has
 
             self.adamw_ema, self.address_table = adamw_ema, addresses
@@ -252,24 +257,18 @@ class Optimizer:
     def _one_pass(self, grads: list[Tensor], lr: Tensor, weight: Tensor) -> None:
         """AdamW's step and the update of the average, in one launch over all local shards."""
         assert self.adamw_ema is not None
-        adamw, named = self.adamw, self.adamw.named
+        adamw = self.adamw
         adamw.steps.add_(1).sub_(adamw.found_inf)
-        lists = (
-            [local(p) for p in named.values()],
-            [local(g) for g in grads],
-            [local(adamw.state[p]["exp_avg"]) for p in named.values()],
-            [local(adamw.state[p]["exp_avg_sq"]) for p in named.values()],
-            [local(self.ema.tensors[name]) for name in named],
-        )
+        params, exp_avgs, exp_avg_sqs, averages, copies = self.shards
+        lists = params, [local(g) for g in grads], exp_avgs, exp_avg_sqs, averages
         self.table = None
         if graph.capturing():
             # A graph would copy from the host memory of the capture, which is free by then: `captured` fills the table.
-            self.addresses = self.address_table(*lists, copies=self.copies)
+            self.addresses = self.address_table(*lists, copies=copies)
             self.table = torch.empty(self.addresses.shape, dtype=torch.int64, device=adamw.skips.device)
         self.adamw_ema(
             *lists, adamw.decays, adamw.steps, adamw.grad_scale, adamw.found_inf,
-            lr=lr, beta1=BETA1, beta2=self.config.beta2, eps=EPS, weight=weight, table=self.table,
-            copies=[c.detach() for c in self.copies],
+            lr=lr, beta1=BETA1, beta2=self.config.beta2, eps=EPS, weight=weight, table=self.table, copies=copies,
         )  # fmt: skip
 
     def captured(self, succeeded: bool) -> None:

@@ -129,8 +129,10 @@ def refresh(model: nn.Module) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard, sharing memory; the tensor itself where it is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
     with torch.no_grad():
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        return tensor.to_local()
 
 
 def fill(parameter: nn.Parameter, full: Tensor) -> None:

@@ -9,6 +9,7 @@ compile again for each range of sizes.
 """
 
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,7 @@ def run(kernel: Any, grid: tuple[int, ...], num_warps: int, max_registers: int |
         kernel[grid](**args, num_warps=num_warps, maxnreg=max_registers, enable_fp_fusion=True)
 
 
+@lru_cache(maxsize=64)
 def block_and_warps(width: int) -> tuple[int, int]:
     """The power of two that covers a row, and warps enough that a thread has eight of it: one 128-bit access in bf16."""
     block = triton.next_power_of_2(width)

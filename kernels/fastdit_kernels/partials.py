@@ -3,6 +3,8 @@
 The split is a function of the shape alone, so the order of every addition is too, and two runs give the same bits.
 """
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,6 +17,7 @@ __all__ = ["split_rows", "sum_partials"]
 COLUMNS, UNROLL = 128, 8
 
 
+@lru_cache(maxsize=64)  # each of Triton's functions on integers costs a host some microseconds
 def split_rows(samples: int, rows: int, programs: int, least: int) -> tuple[int, int]:
     """(S, rows each): S programs a sample, a power of two, about `programs` in all, of `least` rows or more on average."""
     splits = triton.next_power_of_2(max(1, triton.cdiv(programs, samples)))
@@ -56,7 +59,7 @@ def sum_partials(partials: Tensor, sums: Tensor, launch: Launch, rest: Tensor | 
     B, S, N = partials.shape
     if partials.numel():
         first = N if rest is None else N - rest.shape[1]
-        grid = (B, triton.cdiv(N, COLUMNS))
+        grid = (B, -(-N // COLUMNS))
         launch(
             sum_partials_kernel, grid, 1, p_partials=partials, p_sums=sums, p_rest=rest, S=S, N=N, FIRST=first, COLUMNS=COLUMNS,
             UNROLL=UNROLL,
