@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import fastdit
 from fastdit import config as C
-from fastdit import sample, train
+from fastdit import report, sample, train
+from fastdit.command import parse_run
 from fastdit.config import Config, DiffusionConfig, ModelConfig, UserError
 from fastdit.data.cats import Cats
 from fastdit.data.normaliser import Affine, Normaliser
@@ -29,6 +30,7 @@ from fastdit.optim import Optimizer
 from fastdit.planning.memory import num_parameters
 from fastdit.recipes import RECIPES
 from fastdit.runtime import saved, sharding
+from fastdit.runtime.validation import fit
 from fastdit.sampling import sample as draw_samples
 from fastdit.weights.folder import save_pretrained
 from fastdit.weights.start import start_from
@@ -279,6 +281,27 @@ def test_what_a_model_cannot_take_is_one_line(given, said):
     assert "\n" not in str(error.value)
 
 
+def test_settings_for_data_not_seen_yet_are_judged_once_they_are():
+    """What divides a sequence need not divide the pictures that a path might have held."""
+    given = ["--data.path", "somewhere", "--model.patch", "5", "--model.conv_kernel", "7", "--model.class_dropout", "0.1"]
+    config, _ = parse_run(given, "train.py", "")
+    fitted = fit(config, (3, 20), 0, 4, "mean_std")
+    assert (fitted.model.grid, fitted.model.condition, fitted.data.kind) == ((4,), 4, "arrays")
+    for shape, condition, said in (
+        ((3, 12), 4, r"--model\.patch 5 does not divide the network's input of 12$"),
+        ((3, 20), 0, r"--model\.class_dropout needs classes or conditions"),
+        ((3, 20, 20), 4, r"--model\.conv_kernel is 7; valid are 3, 4, 5, and 0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            fit(config, shape, 0, condition, "mean_std")
+    clip = C.replace(config, model={"conv_kernel": 3})
+    with pytest.raises(UserError, match=r"--model\.patch 5 does not divide the network's input of 8×16×16 rows and columns"):
+        fit(clip, (3, 8, 16, 16), 0, 4, "mean_std")
+    assert fit(clip, (3, 8, 10, 15), 0, 4, "mean_std").model.grid == (8, 2, 3)
+    with pytest.raises(UserError, match="it compares pictures, and the data are arrays"):
+        fit(C.replace(clip, eval={"every_images": 100}), (3, 20), 0, 4, "mean_std")
+
+
 def test_the_network_itself_names_a_condition_of_another_width():
     model, (x, t, given) = random_model(SEQUENCE), inputs(SEQUENCE)
     with pytest.raises(UserError, match=r"a condition of 4×4; this model takes 5 numbers a sample"):
@@ -443,6 +466,7 @@ def test_a_finished_run_samples_exports_and_loads_in_physical_units(finished, tm
     assert torch.equal(load_file(file)["x"], again)
     assert file.with_suffix(".png").is_file()
 
+    assert "arrays of" in report.report(report.Options(str(run), out=str(tmp_path / "report.html"))).read_text()
     for format in ("diffusers", "pipeline"):
         with pytest.raises(UserError, match="this model makes arrays"):
             export(ExportOptions(str(run), format=format, out=str(tmp_path / format)))

@@ -25,12 +25,14 @@ def fit(config: Config, shape: tuple[int, ...], num_classes: int, condition: int
 def validate(config: Config, encoded: bool = True) -> None:
     """Raise UserError, one line naming the field and what would be valid, for any value that cannot work.
 
-    encoded: whether the data are encoded already, so that the size of a VAE's latents is known and not guessed.
+    encoded: whether the data are encoded already, so that it is known and not guessed what a path holds, pictures or arrays of
+    some grid, and how large a VAE's latents are.
     """
     _validate_numbers(config)
-    _validate_model(config)
-    m = config.model
-    if (encoded or not config.data.vae) and any(side % p for side, p in zip(m.input_size, m.patches, strict=True)):
+    m, d = config.model, config.data
+    known = encoded or d.path is None
+    _validate_model(config, known)
+    if (encoded or (known and not d.vae)) and any(side % p for side, p in zip(m.input_size, m.patches, strict=True)):
         axes = " rows and columns" if len(m.input_size) == 3 else ""
         raise UserError(f"--model.patch {m.patch} does not divide the network's input of {times(m.input_size)}{axes}")
     _validate_diffusion(config.diffusion)
@@ -46,13 +48,13 @@ def validate(config: Config, encoded: bool = True) -> None:
         raise UserError(f"--profile is {config.profile}; it must be a number of steps, or 0 for none")
 
 
-def _validate_model(config: Config) -> None:
+def _validate_model(config: Config, known: bool) -> None:
     m = config.model
     if m.width % m.num_heads:
         raise UserError(f"{m.num_heads} attention heads do not divide --model.width {m.width}")
     if m.width % 4:
         raise UserError(f"--model.width {m.width} is not a multiple of 4, which the position embedding needs")
-    valid = (3, 4, 5, 7) if len(m.input_size) == 1 else (3, 4, 5)
+    valid = (3, 4, 5) if known and len(m.input_size) > 1 else (3, 4, 5, 7)
     if m.conv_kernel not in (0, *valid):
         kernels = ", ".join(map(str, valid))
         raise UserError(f"--model.conv_kernel is {m.conv_kernel}; valid are {kernels}, and 0 for a plain MLP")
@@ -61,7 +63,7 @@ def _validate_model(config: Config) -> None:
         raise UserError(
             f"--model.token_drop needs pictures of even rows and columns of tokens and 3 blocks, and there are {said}"
         )
-    if m.class_dropout and not m.num_classes and not m.condition:
+    if known and m.class_dropout and not m.num_classes and not m.condition:
         raise UserError("--model.class_dropout needs classes or conditions, and the data have none")
     if config.diffusion.kind == "flow" and m.learn_sigma:
         raise UserError("learned sigma is a DDPM option; flow has no variance to learn")
