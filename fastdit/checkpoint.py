@@ -137,7 +137,8 @@ class Checkpoints:
             if final.exists() and not saved.damage(final, 0, 1):
                 return ""
             aside = f"{name}.{self.mark}.tmp"
-            (self.folder / aside / SHARDS).mkdir(parents=True)
+            for new in (self.folder / aside, self.folder / aside / SHARDS):
+                new.mkdir()  # nothing above: where another disk has gone since, none of it is made up here
             return aside
 
         def write(aside: Path) -> dict[str, Written]:
@@ -201,8 +202,10 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         """Remove what killed saves of this run left, once; not beside another process, which may have a save under way."""
+        if self._tidied:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self._tidied and self.alone():
+        if self.alone():
             for entry in list(os.scandir(self.folder)):
                 if LEFTOVER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path)

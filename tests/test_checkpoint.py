@@ -450,6 +450,21 @@ def test_beside_another_process_only_what_it_made_itself_is_removed(folder):
     assert os.listdir(folder) == ["000000000003"]
 
 
+def test_a_disk_that_goes_while_a_run_goes_on_is_not_made_up(folder):
+    run = Checkpoints(folder, 3)
+    run.save(1, values(1), {"seen": 1})
+    run.wait()
+    folder.rename(folder.parent / "gone")
+    run.save(2, values(2), {"seen": 2})
+    with pytest.raises(UserError, match=r"2 was not saved: rank 0: No such file or directory \(.*/checkpoints/"):
+        run.wait()
+    assert not folder.exists()
+    (folder.parent / "gone").rename(folder)
+    run.save(3, values(3), {"seen": 3})
+    run.wait()
+    assert sorted(os.listdir(folder)) == ["000000000001", "000000000003"]
+
+
 def save_in_turn(folder: Path, seen: int) -> None:
     """Two processes save the same images, each for itself and both at once."""
     rank = os.environ["RANK"]
