@@ -303,3 +303,15 @@ def test_the_plan_counts_them():
     cluster = costs.Cluster(next(iter(GPUS.values())), 8, 1, 25.0)
     moved = [costs.optimizer_bytes(config, cluster) for config in (plain, posthoc)]
     assert [m / memory.sizes(plain.model, 8).trained for m in moved] == [4 + 36, 4 + 32 + 3]
+
+
+def test_the_page_s_errors_are_those_of_the_fit():
+    page = (Path(__file__).parent.parent / "docs" / "quality.md").read_text()
+    [header, _, *rows] = [[c.strip() for c in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    assert [int(row[0].split(",")[0]) for row in rows] == [10, 20, 40]
+    for row in rows:
+        count = int(row[0].split(",")[0])
+        kept = [Profile(n / count, exponent(sigma)) for n in range(1, count + 1) for sigma in LENGTHS.values()]
+        for length, said in zip(header[1:], row[1:], strict=True):
+            error = mix(kept, Profile(1.0, exponent(float(length))))[1]
+            assert 100 * error == pytest.approx(float(said.removesuffix(" %")), abs=0.051 if error < 0.1 else 0.51)

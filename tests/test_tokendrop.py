@@ -20,6 +20,7 @@ from fastdit.planning.gpus import GPUS
 from fastdit.recipes import RECIPES, dit
 from fastdit.runtime import saved
 from fastdit.runtime.graph import WARM_UPS, Graphed
+from fastdit.runtime.resuming import differences
 from fastdit.runtime.tensors import load_weights
 from fastdit.runtime.validation import validate
 from fastdit.tokendrop import drops, ends, spread, thin
@@ -291,3 +292,15 @@ def test_what_cannot_be_thinned_is_refused(groups):
     config = C.replace(C.replace(RECIPES["cats"], model={"token_drop": True}), **groups)
     with pytest.raises(UserError, match="needs pictures of even rows and columns of tokens"):
         validate(config)
+
+
+def test_cats_256_fast_is_cats_256_but_for_what_the_page_says():
+    plain, fast = RECIPES["cats-256"], RECIPES["cats-256-fast"]
+    changed = {d.partition(":")[0] for d in differences(fast, plain)}
+    assert changed == {*(f"diffusion.{n}" for n in ("kind", "prediction", "flow_t")), "model.token_drop", "train.ema"}
+    cluster = costs.Cluster(GPUS["a100-80gb"], 8, 1, 25.0)
+    bounds = [costs.bound(config, cluster) for config in (plain, fast)]
+    page = (Path(__file__).parent.parent / "docs" / "quality.md").read_text()
+    for bound, minutes in zip(bounds, (25, 15), strict=True):
+        assert f"{bound.images / bound.step_s:,.0f}" in page
+        assert plain.train.images / (bound.images / bound.step_s / 2) / 60 == pytest.approx(minutes, abs=0.5)
