@@ -2,9 +2,9 @@
 
     python bench/few_steps.py --images 36000 --seeds 3
 
-Steps of both kinds are first timed in turns. The run with jumps then sees as many images fewer as equal seconds ask for, so that
-what else the machine does changes no figure. Each run is kept in bench/results/few-steps-DEVICE.json when it is done; a picture
-of all goes to docs/few-steps.png. Figures are of drawn cats, and not comparable with a published FID or KID.
+Steps of both kinds are first timed in turns. The run with jumps then sees as many images fewer as equal seconds ask for, so
+that what else the machine does changes no figure. Each run is kept in bench/results/few-steps-DEVICE.json when it is done; a
+picture of all goes to docs/few-steps.png. Figures are of drawn cats, and not comparable with a published FID or KID.
 """
 
 import contextlib
