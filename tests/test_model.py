@@ -227,7 +227,8 @@ def test_every_recipe_builds_its_model_on_the_meta_device(name):
         model = DiT(config.model, REFERENCE)
         x = torch.empty(2, config.model.channels, *config.model.input_size)
         t = torch.empty(2, dtype=torch.int64)
-        out = model(x, t, t if config.model.num_classes else None)
+        given = {"condition": torch.empty(2, config.model.condition)} if config.model.condition else {}
+        out = model(x, t, t if config.model.num_classes else None, **given)
     assert out.shape == (2, config.model.channels * (1 + config.model.learn_sigma), *config.model.input_size)
 
 

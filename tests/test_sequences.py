@@ -240,11 +240,12 @@ def test_padding_changes_no_bit_in_bf16_and_under_recomputation():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_the_kernels_leave_the_padding_out_too(device):
+@pytest.mark.parametrize("name", ["image", "sequence", "clip"])
+def test_the_kernels_leave_the_padding_out_too(name, device):
     """GELU of what stands there is 0 in the Triton kernel too, forward and backward."""
     from fastdit_kernels.triton_ops import TRITON  # here: after the interpreter has been chosen, where there is no GPU
 
-    config = CASES["image"]
+    config = CASES[name]
     x, t, given = (
         part.to(device) if isinstance(part, torch.Tensor) else part.each(lambda p: p.to(device)) for part in inputs(config, 2)
     )
