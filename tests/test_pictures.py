@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fastdit import pictures
 
@@ -35,3 +36,26 @@ def test_a_caption_stays_in_its_cell_and_on_one_line(tmp_path):
         assert grid.size == (72 + 4, 2 * (72 + 14 + 2) + 2)
         second = grid.crop((0, 2 + 72 + 14 + 2 + 72, 76, 2 * (72 + 14 + 2))).convert("L")
         assert second.getextrema() == (255, 255)
+
+
+def test_arrays_are_drawn_as_curves_maps_and_frames(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    curves = pictures.draw(torch.randn(3, 4, 16, generator=rng))
+    assert (curves.shape, curves.dtype) == ((3, 3, pictures.ROWS, pictures.COLUMNS), torch.uint8)
+    assert all((picture != 255).any() for picture in curves)
+    bands = torch.arange(20.0).view(1, 20, 1) + torch.arange(6.0)
+    drawn = pictures.draw(torch.cat([bands, bands * 0]))  # every band from 0 to its own largest
+    assert drawn.shape == (2, 3, 20, 6)
+    assert (drawn[0, 0, :, -1] == 255).all()
+    assert not drawn[1].any()
+    clip = torch.rand(2, 3, 5, 4, 6, generator=rng)
+    frames = pictures.draw(clip).unflatten(3, (5, 6)).movedim(3, 2)
+    least, most = clip.amin((0, 2, 3, 4), keepdim=True), clip.amax((0, 2, 3, 4), keepdim=True)
+    assert (frames.float() / 255 - (clip - least) / (most - least)).abs().max() <= 0.5 / 255 + 1e-6
+    assert pictures.draw(torch.full((1, 1, 1), torch.nan)).shape == (1, 3, pictures.ROWS, pictures.COLUMNS)
+
+    kept = pictures.save(clip, tmp_path / "clip.png", beside={"length": torch.tensor([5, 2])})
+    assert kept == tmp_path / "clip.safetensors"
+    assert torch.equal(load_file(kept)["x"], clip)
+    assert load_file(kept)["length"].tolist() == [5, 2]
+    assert (tmp_path / "clip.png").is_file()
