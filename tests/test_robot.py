@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -361,3 +362,13 @@ def test_a_film_repeats_the_episode(tmp_path, monkeypatch):
     np.testing.assert_allclose(seen, [[0.5 * n, 0.0, 0.25 * n] for n in (1, 3, 5)])
     with Image.open(tmp_path / "episode.gif") as made:
         assert (made.n_frames, made.size) == (3, (film.SIZE, film.SIZE))
+
+
+def test_the_figures_of_the_page_are_those_of_the_json():
+    root = Path(__file__).parent.parent
+    found = json.loads((root / "bench/results/robot.json").read_text())["0"]["success"]
+    page = (root / "docs/policy.md").read_text()
+    rows = [f"| {task} | " + " | ".join("{} of {}".format(*found[e][task]) for e in found) + " |" for task in TASKS]
+    totals = [[sum(counts) for counts in zip(*found[e].values(), strict=True)] for e in found]
+    rows.append("| all, 95 % interval | " + " | ".join(evaluation.cell(*total) for total in totals) + " |")
+    assert all(row in page for row in rows)
