@@ -22,6 +22,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses import FakeTensorMode
 from torch.fx import Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._triton import has_triton
 
 from fastdit.model import Block
 from fastdit.recipes import dit
@@ -94,7 +95,9 @@ def pretended_a100() -> Iterator[None]:
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
         patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         patch.setattr(DeviceProperties, "create", staticmethod(lambda device: device_of[device.type]))
+        has_triton.cache_clear()  # PyTorch remembers that there is no GPU; afterwards it must not remember one
         yield
+    has_triton.cache_clear()
 
 
 def joint_graph(block: Block) -> torch.fx.GraphModule:
@@ -109,7 +112,7 @@ def joint_graph(block: Block) -> torch.fx.GraphModule:
     given = [torch.empty(shape, dtype=BF16, requires_grad=i not in (3, 4)) for i, shape in enumerate(shapes)]
     on_cpu = make_fx(both_ways, decomposition_table=select_decomp_table(), tracing_mode="fake")(*given)
     with FakeTensorMode(), torch.no_grad():
-        on_gpu = [torch.empty(shape, dtype=BF16, device="cuda") for shape in shapes]
+        on_gpu = [torch.empty(shape, dtype=BF16, device="cuda:0") for shape in shapes]
         return make_fx(lambda *args: Interpreter(on_cpu).run(*args), tracing_mode="fake")(*on_gpu)
 
 
