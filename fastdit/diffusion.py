@@ -18,7 +18,7 @@ from fastdit import consistency
 from fastdit.bound import VariationalBound
 from fastdit.config import Config, DiffusionConfig
 from fastdit.consistency import Jump
-from fastdit.embeddings import within
+from fastdit.embeddings import mean_square, mean_within, per_image
 from fastdit.given import Given
 from fastdit.runtime import rng
 
@@ -79,7 +79,7 @@ class Labels:
         told = given.told(self.num_classes)
         if unlabelled is None or told is None:
             return target
-        w = _per_image(told.float() * self.guidance, target)
+        w = per_image(told.float() * self.guidance, target)
         return target + w * (labelled.detach() - unlabelled)
 
 
@@ -126,21 +126,6 @@ def evaluate(model: Network, x_t: Tensor, t: Tensor, given: Given, channels: int
     if out.shape[1] != channels:
         raise ValueError(f"the network returned {out.shape[1]} channels; expected {channels}")
     return out
-
-
-def mean_square(error: Tensor, length: Tensor | None = None) -> Tensor:
-    """[B, C, *size] → [B]: over the positions that are no padding."""
-    if length is None:
-        return error.square().flatten(1).mean(1)
-    return mean_within(torch.where(within(error, length), error, 0).square(), length)
-
-
-def mean_within(values: Tensor, length: Tensor | None) -> Tensor:
-    """The mean over each sample's positions that are no padding: [B, C, *size] → [B]."""
-    if length is None:
-        return values.flatten(1).mean(1)
-    inside = within(values, length)
-    return torch.where(inside, values, 0).flatten(1).sum(1) * (values.shape[2] / length) / values[0].numel()
 
 
 # --- the objectives ---
@@ -194,7 +179,7 @@ class Flow:
         of_jump = given.each(lambda part: consistency.split(part, every)[1])
 
         def as_velocity(out: Tensor, x: Tensor, share: Tensor) -> Tensor:
-            return (x - out) / _per_image(share, x) if self.config.prediction == "x0" else out
+            return (x - out) / per_image(share, x) if self.config.prediction == "x0" else out
 
         def velocity(x: Tensor, share: Tensor, length: Tensor) -> Tensor:
             out = evaluate(model, x, share * timesteps, of_jump, channels, jump=length * timesteps)
@@ -230,7 +215,7 @@ class Flow:
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and what the network should return for it, fp32 [B, C, *size]."""
-        s = _per_image(t / self.config.timesteps, x0)
+        s = per_image(t / self.config.timesteps, x0)
         x_t = (1 - s) * x0 + s * noise
         return x_t, x0 if self.config.prediction == "x0" else noise - x0
 
@@ -284,7 +269,7 @@ class DDPM:
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and what the network should return for it, fp32; bit-equal to diffusers' add_noise and get_velocity."""
-        signal, noise_level = _per_image(self.signal[t], x0), _per_image(self.noise_level[t], x0)
+        signal, noise_level = per_image(self.signal[t], x0), per_image(self.noise_level[t], x0)
         x_t = signal * x0 + noise_level * noise
         if self.config.prediction == "epsilon":
             return x_t, noise
@@ -299,7 +284,3 @@ def choose_objective(config: Config, device: torch.device) -> Objective:
     d, m = config.diffusion, config.model
     labels = Labels(m.num_classes, m.class_dropout, d.model_guidance)
     return Flow(d, labels, device) if d.kind == "flow" else DDPM(d, labels, device, m.learn_sigma)
-
-
-def _per_image(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (x.ndim - 1))  # [B] → [B, 1, …], as many axes as x has

@@ -100,3 +100,27 @@ def position_embedding(grid: tuple[int, ...], width: int) -> Tensor:
 
     axes = torch.meshgrid(*(torch.arange(side).double() for side in grid), indexing="ij")
     return torch.cat([encode(a.flatten(), s) for a, s in zip(reversed(axes), shares, strict=True)], dim=1).float()
+
+
+def out_channels(config: ModelConfig) -> int:
+    return 2 * config.channels if config.learn_sigma else config.channels
+
+
+def per_image(values: Tensor, x: Tensor) -> Tensor:
+    """[n] → [n, 1, …], as many axes as x has."""
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
+def mean_square(error: Tensor, length: Tensor | None = None) -> Tensor:
+    """[B, C, *size] → [B]: over the positions that are no padding."""
+    if length is None:
+        return error.square().flatten(1).mean(1)
+    return mean_within(torch.where(within(error, length), error, 0).square(), length)
+
+
+def mean_within(values: Tensor, length: Tensor | None) -> Tensor:
+    """The mean over each sample's positions that are no padding: [B, C, *size] → [B]."""
+    if length is None:
+        return values.flatten(1).mean(1)
+    inside = within(values, length)
+    return torch.where(inside, values, 0).flatten(1).sum(1) * (values.shape[2] / length) / values[0].numel()

@@ -1,11 +1,10 @@
 """The Diffusion Transformer (DiT, arXiv 2212.09748), with a depthwise convolution in its MLP (LocalViT, arXiv 2104.05707).
 
 B batch, T tokens = patches of a sequence, an image or a video, D width, F hidden width of the MLP, H heads, K head dim,
-C channels, L blocks.
-Every op a kernel can replace comes in through `Ops`; the module tree and its parameter names are the same for all of them.
+C channels, L blocks. Every op a kernel can replace comes in through `Ops`; the module tree and its parameter names are the
+same for all of them.
 """
 
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +20,7 @@ from fastdit.config import Config, ModelConfig, UserError
 from fastdit.embeddings import (
     ConditionEmbedder,
     num_frequencies,
+    out_channels,
     patchify,
     position_embedding,
     timestep_embedding,
@@ -294,13 +294,3 @@ def choose_ops(config: Config, device: torch.device) -> Ops:
 def on_kernels(config: Config, device: torch.device) -> bool:
     """Whether --kernels means the Triton kernels on this device."""
     return config.kernels == "triton" or (config.kernels == "auto" and device.type == "cuda")
-
-
-def out_channels(config: ModelConfig) -> int:
-    return 2 * config.channels if config.learn_sigma else config.channels
-
-
-def named_shapes(config: ModelConfig) -> Iterator[tuple[str, torch.Size]]:
-    """Every parameter's name and full shape, without allocating any."""
-    with torch.device("meta"):
-        yield from ((name, p.shape) for name, p in DiT(config, REFERENCE).named_parameters())

@@ -6,13 +6,11 @@ Picture n of a seed is the same whatever the batch and the number of processes: 
 import fastdit  # noqa: F401  # isort: skip  before torch
 
 import functools
-import statistics
 import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Any, Literal
 
 import torch
@@ -31,6 +29,7 @@ from fastdit.modulations import Modulations
 from fastdit.planning import memory as footprint
 from fastdit.runtime import ranks, rng
 from fastdit.runtime.hardware import memory_bytes
+from fastdit.runtime.latency import measure
 from fastdit.runtime.ranks import World
 from fastdit.steps import EulerSteps
 from fastdit.weights.averages import at_length
@@ -289,18 +288,11 @@ class Sampler:
 def latency(sampler: Sampler, label: int | None, calls: int = LATENCY_CALLS, given: Given | None = None) -> str:
     """Time calls of a warm sampler, each with noise of its own: one line of figures. given: a condition for all calls."""
     condition = None if given is None or given.condition is None else given.condition[0]
-    seconds = []
-    for number in range(calls):
-        start = perf_counter()
-        sampler(label, number=number, condition=condition)
-        if sampler.world.device.type == "cuda":
-            torch.cuda.synchronize(sampler.world.device)
-        seconds.append(perf_counter() - start)
+    found = measure(lambda number: sampler(label, number=number, condition=condition), calls, sampler.world.device)
     steps = sampler.config.sample.steps
-    last = statistics.quantiles(seconds, n=100)[98]
     return (
-        f"{calls} calls at batch 1, {steps} step{'s'[: steps - 1]} each: median {1000 * statistics.median(seconds):.2f} ms, "
-        f"99th percentile {1000 * last:.2f} ms, {calls * steps / sum(seconds):,.1f} evaluations per second"
+        f"{calls} calls at batch 1, {steps} step{'s'[: steps - 1]} each: median {1000 * found.median:.2f} ms, "
+        f"99th percentile {1000 * found.p99:.2f} ms, {steps / found.mean:,.1f} evaluations per second"
     )
 
 

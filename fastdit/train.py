@@ -24,7 +24,7 @@ from fastdit import consistency, panel, pictures, sampling
 from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, UserError, plain
 from fastdit.data import classes, encoding, vae
-from fastdit.data.manifest import changes, identity
+from fastdit.data.manifest import identity, require_same
 from fastdit.data.normaliser import Normaliser
 from fastdit.diffusion import Drawn, Objective, choose_objective, draw
 from fastdit.ema import PostHoc
@@ -42,8 +42,8 @@ from fastdit.runtime.graph import Graphed, graphs
 from fastdit.runtime.lock import Lock
 from fastdit.runtime.profiler import Profiler
 from fastdit.runtime.ranks import World
-from fastdit.runtime.resuming import has_worked, open_run, record_changes
-from fastdit.runtime.run import CONFIG, LOCK, create_place, place, save_config
+from fastdit.runtime.resuming import has_worked, open_run, start_run, warn
+from fastdit.runtime.run import CONFIG, LOCK, place
 from fastdit.runtime.trackers import require_wandb
 from fastdit.runtime.validation import fit
 from fastdit.tokendrop import drops
@@ -154,20 +154,16 @@ def train(config: Config, on_purpose: bool = False) -> int:
         snapshots.forget_after(images_seen)
 
     # What it reports.
-    autoencoder = ranks.every(world, lambda: vae.of(config, world.device, pack.manifest.vae_sha256))
-    decoder = autoencoder or pack.normaliser
+    decoder = ranks.every(world, lambda: vae.of(config, world.device, pack.manifest.vae_sha256)) or pack.normaliser
     scored = config.eval.every_images is not None and world.rank == 0
     judge = ranks.every(world, lambda: references.of(config, world.device) if scored else None)
     ranks.once(world, lambda: start_run(config, folder, changed, images_seen, lock))
     ranks.once(world, lambda: pack.describe(folder))
-    flops = mean_flops_per_image(config)
+    flops, parameters = mean_flops_per_image(config), sum(map(torch.numel, model.parameters()))
     meter = Meter(folder, config, world, batch_images=batch, flops_per_image=flops, resumed_images=images_seen)
     meter.restore(window)
     run = Run(config, folder, world, batch, pack, model, optimizer, objective, checkpoints, snapshots, decoder, judge, meter)
     if world.rank == 0:
-        for change in changed:
-            print(f"changed on purpose, from {images_seen:,} images on: {plain(change)}", flush=True)
-        parameters = sum(p.numel() for p in model.parameters())
         panel.show(panel.facts(config, folder, world, pack, parameters, flops, images_seen))
     profiler = Profiler(folder / "profile", 0 if world.rank else config.profile, world.device, meter.say)
 
@@ -204,8 +200,11 @@ def train(config: Config, on_purpose: bool = False) -> int:
     lock.release()
     ranks.shutdown()
     if world.rank == 0:
-        said = f"stopped by signal {signalled} at" if signalled else "finished:"
-        print(f"{said} {images_seen:,} images, {plain(folder)}", flush=True)
+        print(
+            f"stopped by signal {signalled} at" if signalled else "finished:",
+            f"{images_seen:,} images, {plain(folder)}",
+            flush=True,
+        )
     return 128 + signalled if signalled else 0
 
 
@@ -220,13 +219,12 @@ def due(run: Run, images_seen: int, every: int) -> bool:
 def report(run: Run, images_seen: int) -> None:
     """A line of metrics. Waits for the device. Raises UserError where too many steps in a row were skipped."""
     skipped, in_a_row = map(int, run.optimizer.adamw.skips.tolist())
-    lr = lr_at(images_seen, run.config.train)
-    run.meter.report(images_seen, lr=lr, data_wait_s=run.pack.waited(), skipped=skipped)
+    run.meter.report(images_seen, lr=lr_at(images_seen, run.config.train), data_wait_s=run.pack.waited(), skipped=skipped)
     if in_a_row >= run.config.train.max_skips:
         run.checkpoints.wait()
+        wrong = "a non-finite gradient" + (" or a spike" if run.optimizer.spikes else "")
         raise UserError(
-            f"{in_a_row} steps in a row had a non-finite gradient{' or a spike' if run.optimizer.spikes else ''}, "
-            f"the last at {images_seen} images; "
+            f"{in_a_row} steps in a row had {wrong}, the last at {images_seen} images; "
             f"the newest checkpoint is kept, and a lower --train.lr may help"
         )
 
@@ -281,23 +279,6 @@ def save(run: Run, images_seen: int) -> None:
 # --- setting up ---
 
 
-def start_run(config: Config, folder: Path, changed: list[str], images_seen: int, lock: Lock) -> None:
-    """Make the run's folder, once all that a config can get wrong has gone right. Rank 0 alone calls this."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if lock.file is None:  # there was no run here a moment ago
-        warn(lock.take())
-        if saved.newest(place(folder, config)) is not None and images_seen == 0:
-            raise UserError(f"another process began a run in {folder} meanwhile; the same command goes on with it")
-    record_changes(folder, changed, images_seen)
-    create_place(folder, config)
-    save_config(config, folder / CONFIG)
-
-
-def warn(text: str) -> None:
-    if text:
-        print(plain(f"warning: {text}", 1000), flush=True)
-
-
 def resume(
     checkpoints: Checkpoints, optimizer: Optimizer, pack: encoding.Pack, batch: int, folder: Path
 ) -> tuple[int, list[list[float]]]:
@@ -315,12 +296,7 @@ def resume(
             f"the run has a global batch of {str(state.get('global_batch'))[:20]} images, this command {batch}; "
             f"adjust --train.batch or --train.grad_accum so that batch × grad_accum × ranks stays"
         )
-    trained_on = state.get("data")
-    if isinstance(trained_on, dict) and (different := changes(trained_on, identity(pack.manifest))):
-        raise UserError(
-            f"the data are not those the run was trained on ({'; '.join(different)}); restore them, or start a run on the "
-            f"new ones from these weights: --run.name NEW --train.init_from {folder}"
-        )
+    require_same(state.get("data"), pack.manifest, folder)
     return images_seen, state.get("window", [])
 
 

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from fastdit.config import ModelConfig, ParallelConfig
 from fastdit.embeddings import position_embedding
-from fastdit.model import DiT, named_shapes
+from fastdit.model import DiT
 from fastdit.planning.flops import macs_per_image
 from fastdit.recipes import RECIPES, SIZES, dit
 from fastdit.runtime import sharding
+from fastdit.weights.layouts import named_shapes
 
 SMALL = ModelConfig(input_size=(8, 12), channels=4, num_classes=5, patch=2, depth=3, width=48, num_heads=3)
 

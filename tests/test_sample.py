@@ -15,6 +15,7 @@ from fastdit.model import DiT
 from fastdit.modulations import FEW
 from fastdit.planning.memory import num_parameters
 from fastdit.recipes import RECIPES
+from fastdit.runtime import latency as runtime_latency
 from fastdit.runtime.run import load_config, save_config
 from fastdit.sample import Options, Sampler
 from fastdit.weights.folder import REFERENCE, save_folder
@@ -162,7 +163,7 @@ def test_latency_is_one_line_of_the_calls_made(folder, capsys, monkeypatch):
 def test_figures_of_latency_are_those_of_the_times(folder, monkeypatch):
     policy = Sampler.load(folder, steps=2, precision="fp32")
     times = iter(float(x) for i in range(10) for x in (10 * i, 10 * i + 0.001 * (i + 1)))
-    monkeypatch.setattr(sample, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(runtime_latency, "perf_counter", lambda: next(times))
     said = sample.latency(policy, 0, calls=10)
     assert said.startswith("10 calls at batch 1, 2 steps each: median 5.50 ms, ")
     assert said.endswith(f"{20 / 0.055:,.1f} evaluations per second")

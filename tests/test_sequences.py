@@ -21,11 +21,12 @@ from fastdit.command import parse_run
 from fastdit.config import Config, DiffusionConfig, ModelConfig, UserError
 from fastdit.data.cats import Cats
 from fastdit.data.normaliser import Affine, Normaliser
-from fastdit.diffusion import DDPM, Drawn, Flow, Labels, draw, mean_within
+from fastdit.diffusion import DDPM, Drawn, Flow, Labels, draw
+from fastdit.embeddings import mean_within
 from fastdit.export import Options as ExportOptions
 from fastdit.export import export
 from fastdit.given import Given, asked
-from fastdit.model import DiT, named_shapes
+from fastdit.model import DiT
 from fastdit.optim import Optimizer
 from fastdit.planning.memory import num_parameters
 from fastdit.recipes import RECIPES
@@ -33,6 +34,7 @@ from fastdit.runtime import saved, sharding
 from fastdit.runtime.validation import fit
 from fastdit.sampling import sample as draw_samples
 from fastdit.weights.folder import save_pretrained
+from fastdit.weights.layouts import named_shapes
 from fastdit.weights.start import start_from
 
 SEQUENCE = ModelConfig(

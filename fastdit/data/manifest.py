@@ -170,3 +170,12 @@ def changes(before: Mapping[str, object], now: Mapping[str, str]) -> list[str]:
     if not named and before.get("content") != now["content"]:
         named.append(f"the {'arrays' if 'condition' in now else 'pictures'}, their labels or their order")
     return named
+
+
+def require_same(trained_on: object, manifest: "Manifest", run: Path) -> None:
+    """Raise UserError where a pack is not the one whose identity a run's checkpoint holds; an older checkpoint holds none."""
+    if isinstance(trained_on, dict) and (different := changes(trained_on, identity(manifest))):
+        raise UserError(
+            f"the data are not those the run was trained on ({'; '.join(different)}); restore them, or start a run on the "
+            f"new ones from these weights: --run.name NEW --train.init_from {run}"
+        )

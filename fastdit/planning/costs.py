@@ -7,8 +7,7 @@ that computes at its peak, or moves memory at its bandwidth, in each part of the
 from typing import NamedTuple
 
 from fastdit.config import Config
-from fastdit.embeddings import num_frequencies
-from fastdit.model import out_channels
+from fastdit.embeddings import num_frequencies, out_channels
 from fastdit.planning.flops import macs_per_image
 from fastdit.planning.gpus import GPU
 from fastdit.planning.memory import sizes

@@ -1,8 +1,7 @@
 """The arithmetic of a forward and of a training step, counted from the config alone."""
 
 from fastdit.config import Config, ModelConfig
-from fastdit.embeddings import num_frequencies
-from fastdit.model import out_channels
+from fastdit.embeddings import num_frequencies, out_channels
 from fastdit.tokendrop import ends
 
 

@@ -14,8 +14,8 @@ from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
 from fastdit.config import Config, ModelConfig, UserError, replace
-from fastdit.embeddings import num_frequencies
-from fastdit.model import DiT, out_channels
+from fastdit.embeddings import num_frequencies, out_channels
+from fastdit.model import DiT
 from fastdit.planning.activations import FEW, MANY, activations
 from fastdit.runtime.hardware import compute_dtype, memory_bytes, precision
 from fastdit.runtime.ranks import World

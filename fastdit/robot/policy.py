@@ -1,6 +1,5 @@
 """A trained model as a policy: an observation in physical units goes in, a chunk of actions in physical units comes out."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ from torch import Tensor
 
 from fastdit import sampling
 from fastdit.config import UserError, plain, times
+from fastdit.runtime.latency import measure
 from fastdit.runtime.ranks import World
 from fastdit.weights.folder import Located, load_model, locate
 
 CHUNKS = 1_000  # of an episode; noise is numbered by them
+WARM_UP = 10  # calls before those that are timed
 
 
 class Policy:
@@ -75,11 +76,7 @@ class Policy:
         """Median and 99th percentile of the milliseconds that a chunk takes at batch 1, from observation to actions."""
         observation = np.zeros((1, self.config.model.condition))
         label = 0 if self.config.model.num_classes else None
-        taken = []
-        for n in range(-10, repeats):  # the first ones warm up
-            start = time.perf_counter()
-            self.plan(observation, label, steps=steps, number=max(n, 0))
-            if n >= 0:
-                taken.append(1e3 * (time.perf_counter() - start))
-        median, most = np.percentile(taken, [50, 99])
-        return float(median), float(most)
+        for _ in range(WARM_UP):
+            self.plan(observation, label, steps=steps)
+        found = measure(lambda n: self.plan(observation, label, steps=steps, number=n), repeats, self.device)
+        return 1e3 * found.median, 1e3 * found.p99

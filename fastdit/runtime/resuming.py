@@ -7,10 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastdit.config import Config, UserError, replace
+from fastdit.config import Config, UserError, plain, replace
 from fastdit.runtime import saved
 from fastdit.runtime.files import read_sums
-from fastdit.runtime.run import CHANGES, CONFIG, LOCK, checkpoints_of, load_config, place, refuse_others
+from fastdit.runtime.lock import Lock
+from fastdit.runtime.run import (
+    CHANGES,
+    CONFIG,
+    LOCK,
+    checkpoints_of,
+    create_place,
+    load_config,
+    place,
+    refuse_others,
+    save_config,
+)
 
 
 def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
@@ -116,3 +127,22 @@ def record_changes(folder: Path, changed: list[str], images_seen: int) -> None:
     if changed:
         with (folder / CHANGES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"images": images_seen, "changed": changed}) + "\n")
+
+
+def start_run(config: Config, folder: Path, changed: list[str], images_seen: int, lock: Lock) -> None:
+    """Make the run's folder, once all that a config can get wrong has gone right. Rank 0 alone calls this."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if lock.file is None:  # there was no run here a moment ago
+        warn(lock.take())
+        if saved.newest(place(folder, config)) is not None and images_seen == 0:
+            raise UserError(f"another process began a run in {folder} meanwhile; the same command goes on with it")
+    record_changes(folder, changed, images_seen)
+    create_place(folder, config)
+    save_config(config, folder / CONFIG)
+    for change in changed:
+        print(f"changed on purpose, from {images_seen:,} images on: {plain(change)}", flush=True)
+
+
+def warn(text: str) -> None:
+    if text:
+        print(plain(f"warning: {text}", 1000), flush=True)

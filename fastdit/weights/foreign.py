@@ -14,9 +14,8 @@ from torch import Tensor
 
 from fastdit.config import ModelConfig, UserError
 from fastdit.embeddings import frequencies, position_embedding
-from fastdit.model import named_shapes
 from fastdit.recipes import SIZES
-from fastdit.weights.layouts import DIFFUSERS, DIT, SEED, Taker, to_ours
+from fastdit.weights.layouts import DIFFUSERS, DIT, SEED, Taker, named_shapes, to_ours
 
 
 class Weights(NamedTuple):

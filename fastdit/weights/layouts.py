@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdit.config import ModelConfig, UserError
-from fastdit.model import named_shapes
+from fastdit.model import DiT
 
 Table = dict[str, list[str]]
 
@@ -72,6 +72,12 @@ class Place(NamedTuple):
     rows: list[int]  # of ours that each of theirs holds; where they are copies, all of them
     copied: bool
     shape: tuple[int, ...]  # of theirs, past the rows
+
+
+def named_shapes(config: ModelConfig) -> Iterator[tuple[str, torch.Size]]:
+    """Every parameter's name and full shape, without allocating any."""
+    with torch.device("meta"):
+        yield from ((name, p.shape) for name, p in DiT(config, REFERENCE).named_parameters())
 
 
 def places(table: Table, config: ModelConfig) -> dict[str, Place]:

@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdit.config import Config, ModelConfig, UserError, replace, times
-from fastdit.model import DiT, choose_ops, named_shapes
+from fastdit.model import DiT, choose_ops
 from fastdit.runtime import ranks, sharding
 from fastdit.runtime.ranks import World
 from fastdit.runtime.run import load_config
 from fastdit.runtime.sharding import fill
 from fastdit.runtime.tensors import load_weights
 from fastdit.weights.folder import fitting, locate
+from fastdit.weights.layouts import named_shapes
 
 SHAPES = ("depth", "width", "patch", "conv_kernel", "qk_norm", "token_drop")  # what the blocks are: must be the same
 HIDDEN = ("num_heads", "time_embedding", "position", "mlp_ratio")  # never typed, and they decide the outputs: are taken
