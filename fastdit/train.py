@@ -200,11 +200,8 @@ def train(config: Config, on_purpose: bool = False) -> int:
     lock.release()
     ranks.shutdown()
     if world.rank == 0:
-        print(
-            f"stopped by signal {signalled} at" if signalled else "finished:",
-            f"{images_seen:,} images, {plain(folder)}",
-            flush=True,
-        )
+        end = f"stopped by signal {signalled} at" if signalled else "finished:"
+        print(f"{end} {images_seen:,} images, {plain(folder)}", flush=True)
     return 128 + signalled if signalled else 0
 
 

@@ -4,10 +4,11 @@ A row says where one of our tensors lies: in one of theirs, or in several, one b
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
+from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
 from fastdit.config import ModelConfig, UserError
