@@ -167,9 +167,8 @@ def train(config: Config, on_purpose: bool = False) -> int:
         panel.show(panel.facts(config, folder, world, pack, parameters, flops, images_seen))
     profiler = Profiler(folder / "profile", 0 if world.rank else config.profile, world.device, meter.say)
 
-    graph = None
-    if graphs(config.parallel, world):
-        graph = Graphed(functools.partial(update, model, objective, optimizer), meter.say, optimizer.captured)
+    updated = functools.partial(update, model, objective, optimizer)
+    graph = Graphed(updated, meter.say, optimizer.captured) if graphs(config.parallel, world) else None
     signalled, tenth = 0, max(1, config.train.images // 10)
     while images_seen < config.train.images and not (signalled := stop.agreed()):
         loss, grad_norm = step(model, objective, optimizer, pack, config, world, images_seen, graph)

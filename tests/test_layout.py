@@ -60,6 +60,11 @@ def imports(path: Path) -> set[str]:
     return found - {""}
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_file_is_longer_than_300_lines(path: Path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
 def test_there_are_at_most_six_ranks():
     assert len(RANKS) <= 6
 
