@@ -168,7 +168,9 @@ def repack(machine: Machine, i: Instruction, kind: str) -> Step:
             machine.assign(p, i, upper, (read(p) >> wide(bits)).astype(half))
 
         return unpack
-    low, high = (machine.source(name, f"b{bits}") for name in names(operand))
+    # A half whose register stands nowhere else is one that the compiler left undefined: all bits are set, as in `assign`.
+    found = [name for other in machine.kernel.code for o in other.operands for name in names(o)]
+    low, high = (machine.source(name if found.count(name) > 1 else "-1", f"b{bits}") for name in names(operand))
     return lambda p: machine.assign(p, i, target, low(p).astype(wide) | high(p).astype(wide) << wide(bits))
 
 

@@ -272,6 +272,17 @@ def test_what_no_program_may_do(body, message):
         run(body, [torch.zeros(32, dtype=torch.int32)], shared_bytes=128)
 
 
+def test_a_half_that_the_compiler_left_undefined_is_poison():
+    """LLVM packs an undefined register beside one it needs. Whatever would depend on it is a NaN, or an address of nothing."""
+    out = torch.zeros(32, dtype=torch.int32)
+    store = "mad.wide.u32 %rd9, %r0, 4, %rd0;\nst.global.b32 [%rd9], {%r2};"
+    run(f"mov.b16 %rs1, 7;\nmov.b32 %r2, {{%rs1, %rs2}};\n{store}", [out])
+    assert (out & 0xFFFF).tolist() == [7] * 32
+    assert (out >> 16 == -1).all()
+    with pytest.raises(Fault, match="reads register '%rs2', which nothing wrote"):
+        run(f"mov.b16 %rs1, 7;\nmov.b32 %r2, {{%rs1, %rs2}};\nmov.b32 %r3, {{%rs2, %rs1}};\n{store}", [out])
+
+
 def test_the_same_number_may_be_written_twice():
     run("mov.b32 %r1, 0;\nmov.b32 %r2, 7;\nst.shared.b32 [%r1], %r2;", shared_bytes=4)
 
