@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fastdit.config import DiffusionConfig
-from fastdit.embeddings import per_image
 
 
 class VariationalBound:
@@ -39,9 +38,9 @@ class VariationalBound:
         The means of both distributions are affine in the prediction, so their distance follows from the error alone. mean: of
         each sample's positions, [B, C, *size] → [B], where it is not of all of them.
         """
-        low, high = per_image(self.min_log_variance[t], x0), per_image(self.max_log_variance[t], x0)
+        low, high = _per_image(self.min_log_variance[t], x0), _per_image(self.max_log_variance[t], x0)
         log_variance = low + (variance + 1) / 2 * (high - low)
-        distance = per_image(self.error_in_mean[t], error) * error  # true mean minus predicted mean
+        distance = _per_image(self.error_in_mean[t], error) * error  # true mean minus predicted mean
         kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + distance.square() * (-log_variance).exp())
 
         # At t = 0: the likelihood of x0's bin among 256 between -1 and 1, the outer ones open. DiT does the same to latents.
@@ -53,6 +52,10 @@ class VariationalBound:
         nll = -likelihood.clamp(min=1e-12).log()
         mean = mean or (lambda values: values.flatten(1).mean(1))
         return torch.where(t == 0, mean(nll), mean(kl)) / math.log(2)
+
+
+def _per_image(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.ndim - 1))  # [B] → [B, 1, …], as many axes as x has
 
 
 def _normal_cdf(z: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from fastdit.config import Config
-from fastdit.embeddings import per_image
 
 LEVELS = 3  # lengths taught: the whole process, its half, … down to 2^-LEVELS of it
 
@@ -80,3 +79,8 @@ def mean_velocity(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tenso
     v = velocity(between, middle, torch.where(second > shortest, second, 0))
     share = per_image(first / (first + second), x)
     return share * u + (1 - share) * v
+
+
+def per_image(values: Tensor, x: Tensor) -> Tensor:
+    """[n] → [n, 1, …], as many axes as x has."""
+    return values.view(-1, *[1] * (x.ndim - 1))

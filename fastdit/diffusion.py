@@ -17,8 +17,8 @@ from torch import Tensor
 from fastdit import consistency
 from fastdit.bound import VariationalBound
 from fastdit.config import Config, DiffusionConfig
-from fastdit.consistency import Jump
-from fastdit.embeddings import mean_square, mean_within, per_image
+from fastdit.consistency import Jump, per_image
+from fastdit.embeddings import mean_square, mean_within
 from fastdit.given import Given
 from fastdit.runtime import rng
 

@@ -106,11 +106,6 @@ def out_channels(config: ModelConfig) -> int:
     return 2 * config.channels if config.learn_sigma else config.channels
 
 
-def per_image(values: Tensor, x: Tensor) -> Tensor:
-    """[n] → [n, 1, …], as many axes as x has."""
-    return values.view(-1, *[1] * (x.ndim - 1))
-
-
 def mean_square(error: Tensor, length: Tensor | None = None) -> Tensor:
     """[B, C, *size] → [B]: over the positions that are no padding."""
     if length is None:

@@ -207,7 +207,7 @@ def test_help_is_one_screen_and_help_all_explains_every_field(capsys):
     assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "peak, AdamW" in shown
-    assert "recipes: cats, cats-256, imagenet-256-xl" in shown
+    assert f"recipes: {', '.join(RECIPES)}" in shown
 
 
 def test_every_field_has_help_and_there_are_few():

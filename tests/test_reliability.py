@@ -670,7 +670,7 @@ def test_skips_in_a_row_end_the_run_on_all_ranks(run_ranks, finish, plain, packs
 def scale_images(factor: Callable[[int], float]) -> None:
     """Multiply the images of each micro-step by a factor that depends on the number of the first."""
     draw = train.draw
-    train.draw = lambda objective, x0, *rest: draw(objective, x0 * factor(rest[-1]), *rest)
+    train.draw = lambda objective, x0, *rest: draw(objective, x0 * factor(rest[2]), *rest)
 
 
 def run_with_nan_from(config: Config, first: int) -> None:

@@ -232,11 +232,12 @@ def test_a_start_that_has_worked_plans_no_memory_again(run_ranks, tmp_path):
 
 def killed_before_config(config: Config) -> None:
     from fastdit import train as verb
+    from fastdit.runtime import resuming
 
     def die(*args) -> None:
         os._exit(9)
 
-    verb.save_config = die
+    resuming.save_config = die
     verb.train(config)
 
 
