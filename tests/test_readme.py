@@ -340,3 +340,15 @@ def test_the_list_of_files_is_that_of_the_tree():
     files = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(files)
     assert (ROOT / "docs" / "files.md").read_text() == files.page(), "run python docs/files.py"
+
+
+def test_the_cats_are_those_of_the_json():
+    found = json.loads((ROOT / "docs" / "cats.json").read_text())
+    e, said = found["evaluation"], " ".join((ROOT / "README.md").read_text().split())
+    minutes, seconds = divmod(round(found["wall_seconds"]), 60)
+    assert f"after {found['images']:,} drawn cats: {minutes} min {seconds} s" in said
+    assert f"Of {e['num']:,} samples KID is {e['kid']:.3f}, coverage {e['coverage']:.2f} and" in said
+    assert f"image {e['nearest']:.1f}; held-out images get {e['kid_floor']:.3f}, {e['coverage_floor']:.2f} and" in said
+    assert f"{e['nearest_floor']:.1f} ([figures]" in said
+    row = f"{found['images']:,} images in {found['wall_seconds']:.0f} s in all, {found['img_per_s_median']:.0f} images/s"
+    assert row in (ROOT / "docs" / "results.md").read_text()
