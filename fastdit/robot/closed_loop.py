@@ -55,7 +55,7 @@ def evaluate(found: Located, config: Config, steps: int | None, num: int | None,
         return rollouts.group(planner(policy, evaluations, config.run.seed), task, config.run.seed, first, count)
 
     def said(group: Work) -> None:
-        who = "expert" if group.evaluations == EXPERT else f"{group.evaluations} evaluations"
+        who = "expert" if group.evaluations == EXPERT else evaluation.name(group.evaluations)
         console.print(f"{group.task}, {who}: episodes {group.first} to {group.first + group.size - 1}", highlight=False)
 
     ranks.every(world, lambda: evaluation.run(folder, mine, world.rank, play, said))
@@ -108,7 +108,7 @@ def tell(folder: Path, found: Located, config: Config, wanted: list[Work], polic
     lines = [
         f"success in {num} episodes a task on goals that no training episode had, seed {config.run.seed}; 95 % intervals",
         *evaluation.table(counted),
-        *(f"a chunk at {e} evaluations: {ms:.1f} ms, 99th percentile {p99:.1f} ms" for e, (ms, p99) in latency.items()),
+        *(f"a chunk at {evaluation.name(e)}: {ms:.1f} ms, 99th percentile {p99:.1f} ms" for e, (ms, p99) in latency.items()),
         f"episodes: {folder}" + (f"; to look at: {shown}" if shown else ""),
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)

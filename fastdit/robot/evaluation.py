@@ -104,7 +104,7 @@ def wilson(good: int, num: int, z: float = 1.959964) -> tuple[float, float]:
 def table(counted: Mapping[int, Mapping[str, Rate]]) -> list[str]:
     """Success per task, and over all, with its interval: a column for the experts and for each number of evaluations."""
     columns = sorted(counted)
-    names = ["scripted expert" if e == EXPERT else f"{e} evaluation{'s' if e > 1 else ''}" for e in columns]
+    names = ["scripted expert" if e == EXPERT else name(e) for e in columns]
     rows = [["task", *names]]
     for task in TASKS:
         rows.append([task, *(cell(*counted[e][task]) for e in columns)])
@@ -112,6 +112,10 @@ def table(counted: Mapping[int, Mapping[str, Rate]]) -> list[str]:
     rows.append(["all", *(cell(good, num) for good, num in totals)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def name(evaluations: int) -> str:
+    return f"{evaluations} evaluation{'s' if evaluations > 1 else ''}"
 
 
 def cell(good: int, num: int) -> str:
