@@ -6,6 +6,7 @@ average of another length is a weighted sum of the snapshots, with the weights t
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ FINE = 128  # but at most this part of the steps so far, so that a short run is 
 WORST = 0.1  # error of a profile, relative, above which a length cannot be had
 
 
+@lru_cache  # asked for at each move of the averages
 def exponent(length: float) -> float:
     """γ of an average of this σ_rel, which is at most 0.28: the positive root of (γ + 2)²·(γ + 3)·σ_rel² = γ + 1."""
     low, high = 0.0, length**-1  # from the left side, which grows faster, below the right one to above it

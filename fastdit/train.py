@@ -173,8 +173,6 @@ def train(config: Config, on_purpose: bool = False) -> int:
     while images_seen < config.train.images and not (signalled := stop.agreed()):
         loss, grad_norm = step(model, objective, optimizer, pack, config, world, images_seen, graph)
         images_seen += batch
-        if config.model.token_drop:
-            meter.flops_per_image = train_flops_per_image(config.model, drops(config, images_seen - batch))
         meter.add(loss, grad_norm, config.train.batch * config.train.grad_accum)
         profiler.step(images_seen)
 
@@ -215,6 +213,8 @@ def due(run: Run, images_seen: int, every: int) -> bool:
 def report(run: Run, images_seen: int) -> None:
     """A line of metrics. Waits for the device. Raises UserError where too many steps in a row were skipped."""
     skipped, in_a_row = map(int, run.optimizer.adamw.skips.tolist())
+    if run.config.model.token_drop:
+        run.meter.flops_per_image = train_flops_per_image(run.config.model, drops(run.config, images_seen - run.batch))
     run.meter.report(images_seen, lr=lr_at(images_seen, run.config.train), data_wait_s=run.pack.waited(), skipped=skipped)
     if in_a_row >= run.config.train.max_skips:
         run.checkpoints.wait()

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastdit.config import UserError, plain
 from fastdit.data import chunks
-from fastdit.data import manifest as manifests
 from fastdit.data.arrays import ArraySource, Sample
 from fastdit.data.manifest import Manifest
 from fastdit.data.normaliser import Affine, Moments, Normaliser
@@ -73,59 +72,47 @@ def _moments(x: Tensor, lengths: list[Any]) -> list[Any]:
 
 def join(source: ArraySource, staging: Path, path: Path, parts: list[dict[str, Any]], max_bad: float) -> Manifest:
     """Put the chunks together, normalised, and give the whole its name."""
-    skipped = [[name, reason] for part in parts for name, reason in part["skipped"]]
-    labels = [label for part in parts for label in part["labels"]]
-    if not labels or len(skipped) > max_bad * (len(labels) + len(skipped)):
-        chunks.reject(path, skipped, len(labels) + len(skipped), max_bad, "samples")
+    rows = chunks.gather(source, path, parts, max_bad, "samples")
     normaliser = Normaliser(
         source.normaliser,
         _affine((part["moments"][0] for part in parts if part["moments"]), source.normaliser),
         _affine((part["moments"][1] for part in parts if part["moments"]), source.normaliser) if source.condition else None,
     )
-    label_bytes = np.array(labels, np.int64).tobytes() if source.labelled else b""
     lengths = np.array([n for part in parts for n in part["lengths"]], np.int64).tobytes()
     written: list[list[Any]] = []  # [rows, SHA-256] of each chunk
-    conditions: list[bytes] = []
+    beside = bytearray()  # what stands behind the labels: conditions, then lengths
 
     def content() -> Iterator[bytes]:
         for number, part in enumerate(parts):
             if part["labels"]:
                 x, condition = _normalised(source, normaliser, staging / f"{number:07d}.bin", part)
-                written.append([len(x), hashlib.sha256(x.numpy().tobytes()).hexdigest()])
-                conditions.append(condition.numpy().tobytes())
-                yield x.numpy().tobytes()
-        yield label_bytes
-        yield b"".join(conditions)
-        yield lengths
+                numbers = x.numpy().tobytes()
+                written.append([len(x), hashlib.sha256(numbers).hexdigest()])
+                beside.extend(condition.numpy().tobytes())
+                yield numbers
+        beside.extend(lengths)
+        yield rows.label_bytes
+        yield bytes(beside)
 
-    whole = staging / "pack"
-    whole.mkdir(exist_ok=True)
-    chunks.write(whole / "data.bin", content())
-    beside = b"".join(conditions) + lengths
-    manifest = Manifest(
-        format=manifests.FORMAT,
-        dataset=source.name,
+    chunks.write_data(staging, content())
+    return chunks.finish(
+        source,
+        rows,
+        staging,
+        path,
+        chunks=written,
         transform=source.transform,
         vae="",
         vae_revision="",
-        count=len(labels),
         shape=list(source.shape),
         dtype="float32",
         scale=1.0,
         shift=0.0,
-        labelled=source.labelled,
-        num_classes=(len(source.class_names) or max(labels) + 1) if source.labelled else 0,
-        class_names=list(source.class_names),
-        chunks=written,
-        labels_sha256=hashlib.sha256(label_bytes).hexdigest() if source.labelled else "",
-        skipped=skipped,
         condition=source.condition,
         lengths=source.lengths,
         normaliser=normaliser.to_dict(),
         beside_sha256=hashlib.sha256(beside).hexdigest() if beside else "",
     )
-    chunks.finish(manifest, staging, path)
-    return manifest
 
 
 def _affine(moments: Iterable[list[Any]], kind: str) -> Affine:

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from fastdit.config import UserError, plain
 from fastdit.data import manifest as manifests
 from fastdit.data import vae
+from fastdit.data.arrays import ArraySource
 from fastdit.data.decode import TRANSFORMS, Pixels
 from fastdit.data.manifest import Manifest
 from fastdit.data.pack import normalise
@@ -121,11 +122,7 @@ def join(
     max_bad: float,
 ) -> Manifest:
     """Put the chunks together, aside, and give the whole its name. Grey pictures keep one channel of their equal three."""
-    skipped = [[name, reason] for part in parts for name, reason in part["skipped"]]
-    labels = [label for part in parts for label in part["labels"]]
-    if not labels or len(skipped) > max_bad * (len(labels) + len(skipped)):
-        reject(path, skipped, len(labels) + len(skipped), max_bad)
-    label_bytes = np.array(labels, np.int64).tobytes() if source.labelled else b""
+    rows = gather(source, path, parts, max_bad, "images")
     shape = next(part["shape"] for part in parts if part["labels"])
     grey = all(part["grey"] for part in parts)
     written: list[list[Any]] = []  # [rows, SHA-256] of each chunk
@@ -133,50 +130,87 @@ def join(
     def content() -> Iterator[bytes]:
         for number, part in enumerate(parts):
             file = staging / f"{number:07d}.bin"
-            rows = file.read_bytes()
-            if hashlib.sha256(rows).hexdigest() != part["sha256"]:
+            pixels = file.read_bytes()
+            if hashlib.sha256(pixels).hexdigest() != part["sha256"]:
                 file.with_suffix(".json").unlink()
                 raise UserError(f"{plain(file)} was damaged since it was written; run again to encode its images anew")
             if grey:
-                rows = np.frombuffer(rows, np.uint8).reshape(-1, *shape)[:, :1].tobytes()
-            written.append([len(part["labels"]), hashlib.sha256(rows).hexdigest()])
-            yield rows
-        yield label_bytes
+                pixels = np.frombuffer(pixels, np.uint8).reshape(-1, *shape)[:, :1].tobytes()
+            written.append([len(part["labels"]), hashlib.sha256(pixels).hexdigest()])
+            yield pixels
+        yield rows.label_bytes
 
-    whole = staging / "pack"
-    whole.mkdir(exist_ok=True)
-    write(whole / "data.bin", content())
-    manifest = Manifest(
-        format=manifests.FORMAT,
-        dataset=source.name,
+    write_data(staging, content())
+    return finish(
+        source,
+        rows,
+        staging,
+        path,
+        chunks=written,
         transform=TRANSFORMS[source.crop],
         vae=autoencoder.name if autoencoder else "",
         vae_revision=autoencoder.revision if autoencoder else "",
-        count=len(labels),
         shape=[1, *shape[1:]] if grey else shape,
         dtype="bfloat16" if autoencoder else "uint8",
         scale=autoencoder.scale if autoencoder else 1.0,
         shift=autoencoder.shift if autoencoder else 0.0,
-        labelled=source.labelled,
-        num_classes=(len(source.class_names) or max(labels) + 1) if source.labelled else 0,
-        class_names=list(source.class_names),
-        chunks=written,
-        labels_sha256=hashlib.sha256(label_bytes).hexdigest() if source.labelled else "",
-        skipped=skipped,
         revision=source.revision,
         vae_sha256=autoencoder.sha256() if autoencoder else "",
     )
-    finish(manifest, staging, path)
-    return manifest
 
 
-def finish(manifest: Manifest, staging: Path, path: Path) -> None:
-    """Write the manifest of a pack whose data.bin is in the staging folder, and give the whole its name."""
+# --- what joins of images and of arrays share ---
+
+
+Source = ImageSource | ArraySource
+
+
+class Rows(NamedTuple):
+    """The rows of all chunks: their labels, also as data.bin holds them, and what was left out, by name and reason."""
+
+    labels: list[Any]
+    label_bytes: bytes
+    skipped: list[list[Any]]
+
+
+def gather(source: Source, path: Path, parts: list[dict[str, Any]], max_bad: float, what: str) -> Rows:
+    """The rows of these chunks. Raises UserError where too many could not be used."""
+    skipped = [[name, reason] for part in parts for name, reason in part["skipped"]]
+    labels = [label for part in parts for label in part["labels"]]
+    if not labels or len(skipped) > max_bad * (len(labels) + len(skipped)):
+        reject(path, skipped, len(labels) + len(skipped), max_bad, what)
+    return Rows(labels, np.array(labels, np.int64).tobytes() if source.labelled else b"", skipped)
+
+
+def write_data(staging: Path, content: Iterable[bytes]) -> None:
+    """Write data.bin of the pack in the staging folder."""
+    whole = staging / "pack"
+    whole.mkdir(exist_ok=True)
+    write(whole / "data.bin", content)
+
+
+def finish(source: Source, rows: Rows, staging: Path, path: Path, **fields: Any) -> Manifest:
+    """Write the manifest of a pack whose data.bin is in the staging folder, and give the whole its name.
+
+    fields: of the manifest, those that do not follow from the source and the rows.
+    """
+    manifest = Manifest(
+        format=manifests.FORMAT,
+        dataset=source.name,
+        count=len(rows.labels),
+        labelled=source.labelled,
+        num_classes=(len(source.class_names) or max(rows.labels) + 1) if source.labelled else 0,
+        class_names=list(source.class_names),
+        labels_sha256=hashlib.sha256(rows.label_bytes).hexdigest() if source.labelled else "",
+        skipped=rows.skipped,
+        **fields,
+    )
     whole = staging / "pack"
     write(whole / "manifest.json", [manifests.write(manifest)])
     whole.rename(path)
     files.sync_folder(path.parent)
     shutil.rmtree(staging, ignore_errors=True)
+    return manifest
 
 
 def reject(path: Path, skipped: list[Any], total: int, max_bad: float, what: str = "images") -> None:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdit import sampling
-from fastdit.config import UserError, plain, times
+from fastdit.config import UserError, plain, replace, times
+from fastdit.given import Given
 from fastdit.runtime.latency import measure
 from fastdit.runtime.ranks import World
 from fastdit.weights.folder import Located, load_model, locate
@@ -58,18 +59,10 @@ class Policy:
         if (label is None) == (m.num_classes > 0) or (label is not None and not 0 <= label < m.num_classes):
             known = f"tasks 0 … {m.num_classes - 1}" if m.num_classes else "no tasks"
             raise UserError(f"task {label}; this policy knows {known}")
-        x0 = sampling.sample(
-            self.model,
-            self.config.diffusion,
-            (len(given), m.channels, *m.input_size),
-            None if label is None else torch.full((len(given),), label, device=self.device),
-            condition=self.condition.normalise(given).to(self.device),
-            sampler=self.config.sample.sampler,
-            steps=steps,
-            seed=seed,
-            first=number,
-            device=self.device,
-        )
+        config, count = replace(self.config, sample={"steps": steps}), len(given)
+        asked = Given(sampling.labels(config, number, count, label), self.condition.normalise(given))
+        modulations = sampling.ahead(self.model, config, asked, count, self.device)
+        x0 = sampling.x0_of(self.model, config, asked, modulations, number, count, seed)
         return self.x.physical(x0.cpu()).transpose(1, 2)  # [B, n, A]
 
     def latency(self, steps: int, repeats: int = 200) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdit.config import Config, ModelConfig, plain, times
 from fastdit.data.normaliser import Normaliser
+from fastdit.runtime.files import json_lines
 
 OPEN = {
     "fastdit": """import fastdit
@@ -155,10 +156,4 @@ def figures(trained: Trained) -> dict[str, float]:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file of lines; none where there is no file. A line cut short by a kill is skipped."""
-    for text in path.read_text(errors="replace", encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict):
-            yield line
+    return json_lines(path.read_text(errors="replace", encoding="utf-8")) if path.is_file() else iter(())
