@@ -9,7 +9,6 @@ import os
 import secrets
 import shutil
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from fastdit.config import UserError, plain
 from fastdit.runtime import saved
 from fastdit.runtime.files import Written, read_sums, sync_folder, write_file, write_sums
+from fastdit.runtime.process import ignored
 from fastdit.runtime.saved import ABOUT, FILES, FOLDER, FORMAT, LEFTOVER, SHARDS, WEIGHTS
 from fastdit.runtime.tensors import Piece, contents, fit, owned, write_safetensors, write_shard
 
@@ -284,8 +284,7 @@ class Checkpoints:
             if problem:
                 raise UserError(f"checkpoint {folder.name} cannot be resumed: {problem}")
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            with ignored("torch.distributed is disabled"):
                 reader = HuggingFaceStorageReader(str(folder / SHARDS))
                 dcp.load(dict(tensors), storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         except CheckpointException as error:  # a BaseException

@@ -29,6 +29,7 @@ from fastdit.data import classes, vae
 from fastdit.model import DiT
 from fastdit.quality import charts, evaluation, history
 from fastdit.runtime.files import read_sums, verify, write_sums
+from fastdit.runtime.process import ignored
 from fastdit.runtime.saved import ABOUT, FILES, SHARDS, WEIGHTS
 from fastdit.runtime.tensors import contents, load_weights
 from fastdit.runtime.validation import validate
@@ -140,14 +141,12 @@ def find(source: str, weights: str) -> Trained:
 
 def live(shards: Path) -> dict[str, Tensor]:
     """The weights that the optimizer steps on, put together from the ranks' shards. Raises ValueError."""
-    import warnings
 
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     whole = {n: torch.empty(w.shape, dtype=w.dtype) for n, w in contents(shards).items() if n.startswith("model.")}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+    with ignored("torch.distributed is disabled"):
         dcp.load(whole, storage_reader=HuggingFaceStorageReader(str(shards)), no_dist=True)
     return {name.removeprefix("model."): tensor for name, tensor in whole.items()}
 

@@ -1,6 +1,5 @@
 """From a trained network to pictures: sample and decode. Picture n of a seed is the same on any number of ranks."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from fastdit.given import Given, check
 from fastdit.model import DiT
 from fastdit.modulations import Modulations, jump_lengths
 from fastdit.runtime import rng
+from fastdit.runtime.process import ignored
 from fastdit.runtime.ranks import World
 
 # Half the natural log of the signal-to-noise ratio where sampling starts. squaredcos_cap_v2 ends at -9.9: there an error in
@@ -285,8 +285,7 @@ def _solver(
     # DDIM is DPM-Solver++ of order 1 (arXiv 2211.01095, §4). DDIMScheduler itself always jumps by timesteps // steps, which is
     # wrong for any spacing but an even one.
     solver: Any = DPMSolverMultistepScheduler(**given, solver_order=2 if sampler == "dpm++" else 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # diffusers 0.42 hands NumPy a tensor the old way
+    with ignored("__array", DeprecationWarning):  # diffusers 0.42 hands NumPy a tensor the old way
         solver.set_timesteps(timesteps=whole)
     solver.set_begin_index(0)
     return lambda i, x0, x: solver.step(x0, whole[i], x).prev_sample

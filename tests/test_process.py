@@ -11,11 +11,15 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+
+from fastdit.runtime import process
 
 ROOT = Path(__file__).parent.parent
 VERBS = ("train", "sample", "evaluate", "encode", "export", "convert", "plan", "report")
@@ -160,3 +164,26 @@ def test_a_worker_ends_when_torchrun_is_killed(tmp_path):
     launcher.kill()
     launcher.wait()
     assert wait_for(tmp_path / "ended") == "ended"
+
+
+def test_what_one_thread_ignores_another_does_not_make_loud():
+    """`catch_warnings` alone puts one thread's filters back while another still runs under its own."""
+    first_in, second_out = threading.Event(), threading.Event()
+
+    def second():
+        first_in.wait()
+        with process.ignored("noise"):
+            pass
+        second_out.set()
+
+    other = threading.Thread(target=second)
+    other.start()
+    with process.ignored("noise", UserWarning):
+        first_in.set()
+        assert not second_out.wait(0.2)  # it waits until this one is done
+        warnings.warn("noise, of a library's own", stacklevel=1)
+    other.join()
+    with pytest.raises(UserWarning, match="noise"):
+        warnings.warn("noise", stacklevel=1)
+    with process.ignored("noise"), pytest.raises(UserWarning, match="another"):
+        warnings.warn("another", stacklevel=1)

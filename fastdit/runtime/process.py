@@ -1,4 +1,4 @@
-"""What this process depends on: the launcher that started it may die, and the terminal it prints to may close."""
+"""What is the whole process's: the launcher that started it may die, its terminal may close, its warnings are all threads'."""
 
 import codecs
 import contextlib
@@ -7,10 +7,26 @@ import io
 import os
 import signal
 import sys
+import threading
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 ASCII = {"×": "x", "…": "...", "·": "*", "−": "-", "–": "-", "—": "-", "’": "'"}  # what our lines hold besides ASCII
+
+_filters = threading.RLock()
+
+
+@contextlib.contextmanager
+def ignored(message: str = "", category: type[Warning] = Warning) -> Iterator[None]:
+    """Without a library's own warnings that begin like this, a regular expression.
+
+    Filters are the whole process's: threads change them in turn. Else one would put its old filters back while another runs.
+    """
+    with _filters, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message, category)
+        yield
 
 
 def outlive_terminal() -> None:

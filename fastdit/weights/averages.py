@@ -1,6 +1,5 @@
 """Averaged weights of a length chosen after the run, from the snapshots that a run with --train.ema posthoc keeps."""
 
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from fastdit.config import UserError, plain
 from fastdit.posthoc import LENGTHS, WORST, Profile, exponent, mix
 from fastdit.runtime import saved
 from fastdit.runtime.files import read_sums
+from fastdit.runtime.process import ignored
 from fastdit.runtime.run import checkpoints_of
 from fastdit.runtime.tensors import contents, save_weights
 from fastdit.weights.folder import Located
@@ -75,8 +75,7 @@ def total(kept: list[Snapshot], weights: Tensor) -> dict[str, Tensor]:
             held = {name: torch.empty(whole.shape, dtype=whole.dtype) for name, whole in contents(shards).items()}
         except ValueError as error:
             raise UserError(f"{snapshot.folder}: {plain(error)}") from None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        with ignored("torch.distributed is disabled"):
             dcp.load(dict(held), storage_reader=HuggingFaceStorageReader(str(shards)), no_dist=True)
         for kind, share in zip(LENGTHS, shares, strict=True):
             for name in (n for n in held if n.startswith(f"{kind}.")):

@@ -6,7 +6,6 @@ other programs, so that a Lightning checkpoint opens where its own code is not i
 
 import pickletools
 import re
-import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from fastdit.config import UserError, plain
+from fastdit.runtime.process import ignored
 
 LIMIT = 64 << 20  # bytes of the pickle; a real one has some hundred thousand
 VALUES = 64 << 20  # values that it holds, those that several places share counted in each
@@ -59,8 +59,7 @@ def load_pickled(path: Path) -> Any:
             if not HARMLESS.fullmatch(name):
                 raise ValueError(f"it calls {name}, which weights do not need")
         stand_ins: list[Any] = [(_Opaque if name.startswith("numpy.") else _Object, name) for name in strange]
-        with warnings.catch_warnings(), safe_globals(stand_ins):
-            warnings.simplefilter("ignore")
+        with ignored(), safe_globals(stand_ins):
             root = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         _check_tensors(root, sizes)
     except Exception as error:  # torch.load raises many kinds, and each says that this is no file of weights

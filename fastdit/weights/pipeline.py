@@ -10,7 +10,6 @@ folder, which it does only under trust_remote_code=True. So no folder of ours ho
 
 import inspect
 import typing
-import warnings
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from fastdit.config import DiffusionConfig, ModelConfig
 from fastdit.given import Given
 from fastdit.model import DiT
 from fastdit.modulations import jump_lengths
+from fastdit.runtime.process import ignored
 from fastdit.sampling import guided_output, sampling_times
 
 # diffusers finds out how to load a component by these base classes' names in the component's module.
@@ -143,8 +143,7 @@ class FastDiTPipeline(DiffusionPipeline):
         scheduler: Any = self.scheduler
         about, takes = scheduler.config, inspect.signature(scheduler.set_timesteps).parameters
         timesteps, schedule = about.num_train_timesteps, about.get("beta_schedule")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # diffusers 0.42 hands NumPy a tensor the old way
+        with ignored("__array", DeprecationWarning):  # diffusers 0.42 hands NumPy a tensor the old way
             if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
                 times = sampling_times(DiffusionConfig(kind="flow", timesteps=timesteps), steps)
                 scheduler.set_timesteps(sigmas=[t / timesteps for t in times], device=device)
