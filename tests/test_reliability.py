@@ -233,7 +233,8 @@ def run_compiled(config: Config, place: str, number: int) -> None:
     hooked_run(config, place, number, (0,))
 
 
-@pytest.mark.soak  # 40 s of compiling
+@pytest.mark.soak  # 40 s of compiling, minutes on a slow machine
+@pytest.mark.timeout(1800)
 def test_a_compiled_run_goes_on_to_the_bit(run_ranks, finish, packs, tmp_path, monkeypatch, soaked):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -243,11 +244,11 @@ def test_a_compiled_run_goes_on_to_the_bit(run_ranks, finish, packs, tmp_path, m
         "train": {"images": 4 * BATCH},
         "log": {"sample_every": 10**6},
     }
-    finish(tiny(tmp_path / "plain", packs, **compiled), 1, run_compiled, "step", 0)
+    finish(tiny(tmp_path / "plain", packs, **compiled), 1, run_compiled, "step", 0, timeout=600)
     config = tiny(tmp_path, packs, **compiled)
-    [end] = run_ranks.outcomes(1, run_compiled, config, "step", 4, init=False, timeout=120)
+    [end] = run_ranks.outcomes(1, run_compiled, config, "step", 4, init=False, timeout=600)
     assert end.code == -signal.SIGKILL, end.error
-    finish(config, 1, run_compiled, "step", 0)
+    finish(config, 1, run_compiled, "step", 0, timeout=600)
     assert result(tmp_path) == result(tmp_path / "plain")
     soaked("3: compiled run killed and resumed, identical", passed=1)
 
