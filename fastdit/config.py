@@ -56,10 +56,11 @@ class DataConfig:
     image_size: tuple[int, int] = (32, 32)  # rows and columns that every image is brought to
     crop: Literal["center", "random", "none"] = "center"  # how: cut out the middle, cut at random, or squash the whole
     hflip: bool = True  # show each image mirrored half of the time
-    vae: str | None = None  # folder or hub ID[@REVISION] of a diffusers AutoencoderKL; by default train on pixels
+    vae: str | None = None  # folder or hub ID[/SUBFOLDER][@REVISION] of an AutoencoderKL; by default train on pixels
     packs: str = "packs"  # where encoded data sets are kept
     kind: Derived[Literal["images", "arrays"]] = "images"  # what the pack holds
     normaliser: Derived[Literal["mean_std", "min_max"]] = "mean_std"  # what brings arrays to the numbers trained on
+    latents: Derived[Literal["scalar", "channel"]] = "scalar"  # one scale for all, or each channel by its mean and deviation
     horizon: Derived[int] = 16  # actions of a chunk, of a LeRobot dataset
     image_column: Derived[str] = "image"
     max_bad: Derived[float] = 0.01  # share of images that cannot be decoded above which encoding fails

@@ -21,6 +21,7 @@ from fastdit.command import parse, run
 from fastdit.config import Config, UserError, plain
 from fastdit.data import encoding, images, vae
 from fastdit.data import pack as packs
+from fastdit.data.normaliser import Normaliser
 from fastdit.runtime import ranks
 from fastdit.runtime.ranks import World
 
@@ -39,7 +40,7 @@ def encode(config: Config) -> None:
     picture = path.with_name(f"{path.name}.round-trip.png")
     drawable = config.data.vae and images.origin(config.data).kind != "pack"  # a pack has no pictures
     if drawable and not ranks.once(world, picture.exists):  # a function of the pack, as its name is
-        ranks.once(world, lambda: round_trip(config, world, picture))
+        ranks.once(world, lambda: round_trip(config, packs.read_manifest(path), world, picture))
     if world.rank == 0:
         lines = report(path)
         if drawable:
@@ -65,7 +66,7 @@ def _bar(shown: bool) -> Iterator[encoding.Progress | None]:
         yield progress
 
 
-def round_trip(config: Config, world: World, picture: Path, most: int = 8) -> None:
+def round_trip(config: Config, manifest: packs.Manifest, world: World, picture: Path, most: int = 8) -> None:
     """Draw the first images of a pack, and below each what comes back from its latents as they are packed.
 
     The difference between the two is lost to any model trained on the pack.
@@ -73,9 +74,10 @@ def round_trip(config: Config, world: World, picture: Path, most: int = 8) -> No
     source = images.open_images(config.data)
     good = (example.image for example in source.read(0, source.length) if example.image is not None)
     seen = torch.from_numpy(np.stack(list(itertools.islice(good, most)))).permute(0, 3, 1, 2)
-    autoencoder = vae.load(config.data, world.device)
+    normaliser = manifest.normaliser
+    autoencoder = vae.load(config.data, world.device, Normaliser.from_dict(normaliser) if normaliser else None)
     mean, _ = autoencoder.moments(packs.normalise(seen.to(world.device))).bfloat16().float().chunk(2, dim=1)
-    back = sampling.to_uint8(autoencoder.decode((mean - autoencoder.shift) * autoencoder.scale))
+    back = sampling.to_uint8(autoencoder.decode(autoencoder.scaled(mean)))
     pictures.save_png(make_grid(torch.cat([seen, back]), nrow=len(seen), padding=2, pad_value=255), picture)
 
 
@@ -88,31 +90,27 @@ def report(path: Path) -> list[str]:
         f"rows: {m.dtype} {m.shape}" + (f", moments of {m.vae} {m.vae_revision}".rstrip() if m.vae else ""),
         f"classes: {m.num_classes}{names}",
     ]
-    if m.normaliser is not None:
+    if m.arrays and m.normaliser is not None:
         lengths = "lengths given" if m.lengths else "no padding"
         lines.append(f"condition: {m.condition or 'no'} numbers; {lengths}; normalised by {m.normaliser['kind']}")
     reasons = Counter(reason for _, reason in m.skipped)
     if reasons:
         lines.append(f"skipped: {len(m.skipped):,} ({'; '.join(f'{n} × {reason}' for reason, n in reasons.most_common(5))})")
     lines += [f"  {name!r}: {reason}" for name, reason in m.skipped[:10]]
-    if m.vae:
-        mean, std = statistics(m, data)
+    if m.vae and m.normaliser is not None:
+        whose = "these images" if m.normaliser["x"]["offset"] == m.latents_mean else "the autoencoder's config"
+        lines.append(f"latents: each channel by a mean and deviation of its own, those of {whose}")
+    if m.latents_mean:  # a pack made before there were such fields has none
+        mean, std = statistics(m)
         lines.append(f"scaled latents, per channel: mean {_numbers(mean)}; std {_numbers(std)}")
     return [plain(line, 2000) for line in lines]
 
 
-def statistics(m: packs.Manifest, data: packs.DataFile, most: int = 4096) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the scaled latents per channel, fp64 [C], over up to `most` images spread over the pack.
-
-    Exact over the posterior, with no sampling: the variance of a mixture is that of its means plus the mean of its variances.
-    """
-    places = range(0, m.count, max(1, m.count // most))
-    rows = torch.empty((len(places), *m.shape), dtype=packs.DTYPES[m.dtype])  # [N, 2, 2·C, h, w]
-    for place, row in zip(places, rows, strict=True):
-        data.read(place * m.row_bytes, row)
-    mean, logvar = rows.double().transpose(0, 2).flatten(1).chunk(2)  # [C, ·]
-    variance = mean.var(1, correction=0) + logvar.clamp(-30, 20).exp().mean(1)
-    return (mean.mean(1) - m.shift) * m.scale, variance.sqrt() * m.scale
+def statistics(m: packs.Manifest) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents as the network sees them, per channel, fp64 [C]: of all images, exact."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (m.latents_mean, m.latents_std))
+    scale, shift = (x.flatten() if isinstance(x, Tensor) else x for x in packs.scaling(m, mean.device))
+    return (mean - shift) * scale, std * scale
 
 
 def _numbers(values: Tensor) -> str:

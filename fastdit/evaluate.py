@@ -93,7 +93,7 @@ def evaluate(options: Options) -> None:
     if missing:
         model = ranks.every(world, lambda: load_model(found.weights, config, world))
         latents_by = "" if options.vae else found.latents_by
-        autoencoder = ranks.every(world, lambda: vae.of(config, world.device, latents_by))
+        autoencoder = ranks.every(world, lambda: vae.of(config, world.device, latents_by, found.normaliser))
         for chunk in track(mine, "sampling", console=console, disable=not console.is_terminal):
             make(folder / name(chunk), chunk, model, config, autoencoder, world, options)
         del model, autoencoder

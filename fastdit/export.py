@@ -157,6 +157,10 @@ def live(shards: Path) -> dict[str, Tensor]:
 def save_diffusers(model: DiT, trained: Trained, out: Path) -> None:
     """Write diffusers' own DiTPipeline. Raises UserError for a model that its classes cannot express."""
     config = trained.config
+    if trained.normaliser is not None:
+        raise UserError(
+            "DiTPipeline scales all channels of the latents alike, and these have each its own; use --format pipeline"
+        )
     about, state = to_diffusers(model.config, {name: p.detach() for name, p in model.named_parameters()})
     if config.diffusion.kind == "flow":
         raise UserError("DiTPipeline has no flow sampler; use --format pipeline")
@@ -186,7 +190,9 @@ def save_pipeline(model: DiT, trained: Trained, out: Path) -> None:
     autoencoder: Any = loaded.autoencoder if loaded else None
     transformer = FastDiTModel(dataclasses.asdict(config.model))
     transformer.dit.load_state_dict(model.state_dict())
-    FastDiTPipeline(transformer, scheduler_of(config.diffusion), autoencoder, config.sample.steps).save_pretrained(out)
+    normaliser = trained.normaliser.to_dict() if trained.normaliser else None
+    scheduler = scheduler_of(config.diffusion)
+    FastDiTPipeline(transformer, scheduler, autoencoder, config.sample.steps, normaliser).save_pretrained(out)
 
 
 def to_diffusers(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -149,7 +149,8 @@ class DiT(nn.Module):
         self.config, self.ops = config, ops
         self.run: Config | None = None  # of the run that trained it, where it was loaded
         self.class_names: list[str] = []  # as that run knew them
-        self.normaliser: Any = None  # data.normaliser.Normaliser of a model of arrays, where it was loaded
+        self.normaliser: Any = None  # data.normaliser.Normaliser of a model of arrays or of latents, where it was loaded
+        self.latents_by = ""  # beginning of the SHA-256 of the autoencoder of its latents, where the run says it
         D, L = config.width, config.depth
         self.x_embedder = nn.Linear(config.channels * config.patch_size, D)
         self.pos_embed = nn.Parameter(torch.empty(config.num_tokens, D), requires_grad=config.position == "learned")

@@ -1,8 +1,9 @@
 """The recipes, and what follows from the settings laid over them: sizes, channels, classes, heads and the run's name."""
 
+import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from fastdit.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig, replace
 
@@ -56,7 +57,41 @@ RECIPES = {
         diffusion=DiffusionConfig("flow", "x0", flow_t="logit_normal", clip_x0=False),
         train=TrainConfig(images=10_000_000, batch=32, lr=1e-4, weight_decay=1e-2, ema="posthoc"),
     ),
+    # cats-256-fast on latents of a newer autoencoder, which was trained for the models that learn them (arXiv 2504.10483): 32
+    # channels, a sixteenth of the pixels along a side, hence as many tokens at patch 1. Nobody has trained it yet.
+    "cats-256-vavae": Config(
+        data=DataConfig("huggan/cats", image_size=(256, 256), crop="none", vae="REPA-E/e2e-vavae-hf", latents="channel"),
+        model=dit("B", 1, input_size=(16, 16), channels=32, num_classes=0, token_drop=True),
+        diffusion=DiffusionConfig("flow", "x0", flow_t="logit_normal", clip_x0=False),
+        train=TrainConfig(images=10_000_000, batch=32, lr=1e-4, weight_decay=1e-2, ema="posthoc"),
+    ),
 }
+
+
+class Family(NamedTuple):
+    """What an autoencoder's latents are, as far as it can be said before it is loaded."""
+
+    channels: int
+    factor: int  # pixels per latent along a side
+    latents: Literal["scalar", "channel"]  # as DataConfig has it
+
+
+# By the beginning of a hub id. The channels of SD's latents are alike, and all models of them were trained on one scale.
+FAMILIES = {"stabilityai/sd": Family(4, 8, "scalar"), "REPA-E/e2e-vavae-hf": Family(32, 16, "channel")}
+NEWER = Family(16, 8, "channel")  # as those of SD 3, FLUX.1 and GLM-Image; where it is not, `fit` corrects the sizes
+
+
+def family(vae: str) -> Family:
+    """Of a folder as its config.json says. Of a hub id by its name alone: a command means the same with no network."""
+    try:
+        about = json.loads((Path(vae) / "config.json").read_text(encoding="utf-8"))
+        channels, blocks = about["latent_channels"], about["block_out_channels"]
+        if type(channels) is int and 0 < channels <= 1 << 16 and 0 < len(blocks) < 9:
+            own = about.get("latents_mean") is not None and about.get("latents_std") is not None
+            return Family(channels, 2 ** (len(blocks) - 1), "channel" if own or channels > 4 else "scalar")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass  # of the hub, or to be refused when it is loaded
+    return next((found for name, found in FAMILIES.items() if vae.startswith(name)), NEWER)
 
 
 def derive(config: Config, before: Config) -> Config:
@@ -65,7 +100,7 @@ def derive(config: Config, before: Config) -> Config:
     before: the recipe or the run that the settings were laid over.
     """
     d, m = config.data, config.model
-    factor, channels = (8, 4) if d.vae else (1, 3)  # of the Stable Diffusion autoencoders
+    channels, factor, latents = family(d.vae) if d.vae else Family(3, 1, "scalar")
     if not d.label_column:
         classes = 0
     elif d.source == "folder":
@@ -87,7 +122,7 @@ def derive(config: Config, before: Config) -> Config:
     return replace(
         config,
         run={"name": config.run.name or recipe or run_name(d.path or "")},
-        data={"kind": kind},
+        data={"kind": kind, "latents": latents},
         model={
             **(pictures if kind == "images" else {}),
             "jumps": config.diffusion.consistency > 0,

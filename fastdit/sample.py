@@ -23,6 +23,7 @@ from fastdit import command, pictures, sampling
 from fastdit.config import Config, UserError, plain
 from fastdit.data import classes, encoding, vae
 from fastdit.data.arrays import read_conditions
+from fastdit.data.normaliser import Normaliser
 from fastdit.given import Given, asked
 from fastdit.model import DiT
 from fastdit.modulations import Modulations
@@ -90,8 +91,7 @@ def sample(options: Options) -> None:
     model = ranks.every(world, lambda: load_model(weights, config, world))
     if options.compile:
         sampling.compiled(model, world.device)
-    autoencoder = ranks.every(world, lambda: vae.of(config, world.device, source.latents_by))
-    decoder = autoencoder or source.normaliser
+    decoder = ranks.every(world, lambda: vae.decoder(config, world.device, source.latents_by, source.normaliser))
     share = -(-options.num_images // world.size)
     mine = range(options.first + world.rank * share, options.first + min((world.rank + 1) * share, options.num_images))
     starts = range(mine.start, mine.stop, options.batch)
@@ -198,7 +198,7 @@ def make_pictures(
         raise UserError(f"num is {num}, batch {batch} and first {first}; there must be a picture to make")
     number = None if label is None else classes.number(str(label), model.class_names, config.model.num_classes)
     device = model.x_embedder.weight.device
-    decoder = _decoder(model.run, device) or model.normaliser
+    decoder = _decoder(model.run, device, model.latents_by, model.normaliser)
     given = asked(config.model, num, sampling.labels(config, first, num, number), condition, length)
     world = World(0, 1, 0, 1, device)
     parts = []
@@ -209,8 +209,8 @@ def make_pictures(
 
 
 @functools.lru_cache(maxsize=1)
-def _decoder(config: Config, device: torch.device) -> vae.VAE | None:
-    return vae.of(config, device)  # kept from call to call
+def _decoder(config: Config, device: torch.device, made_by: str, normaliser: Normaliser | None) -> vae.VAE | Normaliser | None:
+    return vae.decoder(config, device, made_by, normaliser)  # kept from call to call
 
 
 # --- one picture at a time ---
@@ -232,7 +232,7 @@ class Sampler:
         self.model = load_model(source.weights, source.config, self.world)
         if compile:
             sampling.compiled(self.model, device)
-        self.decoder = vae.of(source.config, device, source.latents_by) or source.normaliser
+        self.decoder = vae.decoder(source.config, device, source.latents_by, source.normaliser)
         self.modulations: dict[int | None, Ahead] = {}  # of each class asked for
         m, s, flow = source.config.model, source.config.sample, source.config.diffusion
         self.euler: EulerSteps | None = None

@@ -154,7 +154,7 @@ def train(config: Config, on_purpose: bool = False) -> int:
         snapshots.forget_after(images_seen)
 
     # What it reports.
-    decoder = ranks.every(world, lambda: vae.of(config, world.device, pack.manifest.vae_sha256)) or pack.normaliser
+    decoder = ranks.every(world, lambda: vae.decoder(config, world.device, pack.manifest.vae_sha256, pack.normaliser))
     scored = config.eval.every_images is not None and world.rank == 0
     judge = ranks.every(world, lambda: references.of(config, world.device) if scored else None)
     ranks.once(world, lambda: start_run(config, folder, changed, images_seen, lock))

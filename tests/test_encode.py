@@ -75,8 +75,7 @@ def test_latents_are_reported_with_their_statistics(pictures, vae_folder, tmp_pa
         "  'x.png': empty",
     ]
     # Against 400 draws of every image: the mean within four standard errors, the deviation within 1 %.
-    manifest, data = packs.open_data(path)
-    mean, std = encode.statistics(manifest, data)
+    mean, std = encode.statistics(packs.read_manifest(path))
     pack = packs.Pack(path, world.device, seed=0)
     drawn = pack.batch(0, 20 * 400).x0.double().transpose(0, 1).flatten(1)  # [C, ·]
     assert ((mean - drawn.mean(1)).abs() < 4 * std / math.sqrt(drawn.shape[1])).all()

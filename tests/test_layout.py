@@ -182,6 +182,7 @@ def test_what_is_tested_exists():
         "main_job",  # the verbs together
         "reliability",  # whatever may happen to a run
         "fuzz",  # whatever may be given to a run
+        "latents",  # normalised per channel, from the encoding to every place that decodes them
         "consistency_run",  # a run that begins to learn jumps on its way
         "samplers",  # the other half of diffusion.py
         "guidance",  # by classes, in diffusion.py, sampling.py and training

@@ -376,9 +376,16 @@ MANIFESTS = {
 OPTIONAL = {
     "revision": [5, None],
     "vae_sha256": ["x", 5, "A" * 64],
+    "latents_mean": [[0.0], [0.0, 1.0, float("nan")], ["0", 0.0, 0.0], 0.0],
+    "latents_std": [[1.0], [1, 1, 1], {}],
     "condition": [1, -1, True],  # of arrays alone, as those below
     "lengths": [True, 1],
-    "normaliser": [{"kind": "mean_std", "x": {"offset": [0.0], "scale": [1.0]}}, []],
+    "normaliser": [
+        {"kind": "mean_std", "x": {"offset": [0.0], "scale": [1.0]}},
+        {"kind": "min_max", "x": {"offset": [0.0] * 3, "scale": [1.0] * 3}},
+        {"kind": "mean_std", "x": {"offset": [0.0] * 3, "scale": [1.0, 0.0, 1.0]}},
+        [],
+    ],
     "beside_sha256": ["a" * 64, 5],
     "other": [1],
 }

@@ -5,6 +5,7 @@ A chunk is two files: NUMBER.bin has its rows, and NUMBER.json, written after it
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import shutil
@@ -22,13 +23,14 @@ from fastdit.data import vae
 from fastdit.data.arrays import ArraySource
 from fastdit.data.decode import TRANSFORMS, Pixels
 from fastdit.data.manifest import Manifest
+from fastdit.data.normaliser import Moments
 from fastdit.data.pack import normalise
 from fastdit.data.source import ImageSource
 from fastdit.runtime import files
 
 CHUNK = 256  # images between two commits; what a kill can cost each rank
 BATCH = 64  # images the VAE is given at once
-COMMIT = {"sha256", "bytes", "shape", "labels", "skipped", "grey"}  # fields of NUMBER.json
+COMMIT = {"sha256", "bytes", "shape", "labels", "skipped", "grey"}  # fields of NUMBER.json; of latents "moments" too
 
 
 def staging_of(path: Path) -> Path:
@@ -69,7 +71,7 @@ def encode(source: ImageSource, autoencoder: vae.VAE | None, staging: Path, numb
     if number * CHUNK >= source.length:
         return None
     file, commit = staging / f"{number:07d}.bin", staging / f"{number:07d}.json"
-    if found := committed(staging, number, COMMIT):
+    if found := committed(staging, number, COMMIT | ({"moments"} if autoencoder else set())):
         return found
     labels: list[int | None] = []
     skipped: list[tuple[str, str]] = []
@@ -94,6 +96,8 @@ def encode(source: ImageSource, autoencoder: vae.VAE | None, staging: Path, numb
         "skipped": skipped,
         "grey": autoencoder is None and all(bool((row == row[:, :1]).all()) for row in rows),
     }
+    if autoencoder is not None:
+        part["moments"] = _total([_moments(row).to_list() for row in rows])
     # Not synced, which would take longer than encoding small pictures: `join` compares the hash, and has a chunk that a power
     # cut damaged encoded again.
     write(file, [content], sync=False)
@@ -111,6 +115,22 @@ def _rows(batch: list[Pixels], autoencoder: vae.VAE | None) -> Tensor:
     if not both.isfinite().all():
         raise UserError("the VAE gives latents that are not finite; is it the right one?")
     return both.bfloat16().cpu().contiguous()
+
+
+def _moments(rows: Tensor) -> Moments:
+    """Of latents [B, 2, 2·C, h, w] as packed, by channel, over the posterior: its variance adds to that of its means."""
+    mean, logvar = rows.double().transpose(0, 2).flatten(1).numpy().reshape(2, rows.shape[2] // 2, -1)  # [C, ·] each
+    # By NumPy, whose sums are the same on any number of threads: so are the statistics.
+    total, variance = mean.sum(1), np.exp(logvar.clip(-30, 20)).sum(1)
+    squares = ((mean - total[:, None] / mean.shape[1]) ** 2).sum(1) + variance
+    parts = (total, squares, mean.min(1), mean.max(1))
+    return Moments(mean.shape[1], *map(torch.from_numpy, parts))
+
+
+def _total(moments: list[list[Any]]) -> list[Any]:
+    """Added up in their order; empty where there are none."""
+    found = [Moments.from_list(part) for part in moments if part]
+    return functools.reduce(Moments.plus, found).to_list() if found else []
 
 
 def join(
@@ -141,6 +161,10 @@ def join(
         yield rows.label_bytes
 
     write_data(staging, content())
+    mean, std = _statistics(parts) if autoencoder else (torch.empty(0), torch.empty(0))
+    normaliser = None
+    if autoencoder is not None and autoencoder.latents == "channel":
+        normaliser = autoencoder.own or vae.per_channel(mean, std)
     return finish(
         source,
         rows,
@@ -156,7 +180,16 @@ def join(
         shift=autoencoder.shift if autoencoder else 0.0,
         revision=source.revision,
         vae_sha256=autoencoder.sha256() if autoencoder else "",
+        latents_mean=mean.tolist(),
+        latents_std=std.tolist(),
+        normaliser=normaliser.to_dict() if normaliser else None,
     )
+
+
+def _statistics(parts: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of all latents by channel, unscaled, fp64 [C]. Chunk by chunk, so the same on any number of ranks."""
+    found = Moments.from_list(_total([part["moments"] for part in parts]))
+    return found.total / found.num, (found.squares / found.num).sqrt()
 
 
 # --- what joins of images and of arrays share ---

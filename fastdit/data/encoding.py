@@ -29,6 +29,7 @@ from fastdit.data.lerobot import open_lerobot
 from fastdit.data.manifest import FORMAT
 from fastdit.data.pack import Batch, Manifest, Pack, read_manifest, verify
 from fastdit.data.source import ImageSource
+from fastdit.recipes import family
 from fastdit.runtime.ranks import World, every, gather, once
 from fastdit.runtime.validation import fit
 
@@ -110,7 +111,7 @@ def pack_dataset(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     alone = World(0, 1, 0, 1, device)
     source = own.open_dataset(dataset, image_size, crop, class_names, threads=len(os.sched_getaffinity(0)))
-    autoencoder = autoencoders.load(DataConfig(vae=vae), device) if vae else None
+    autoencoder = autoencoders.load(DataConfig(vae=vae, latents=family(vae).latents), device) if vae else None
     row_shape(source, autoencoder)
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(chunks.staging_of(path), ignore_errors=True)  # of an earlier try, on another dataset perhaps
@@ -140,7 +141,7 @@ def folder(data: DataConfig) -> Path:
         "vae": autoencoder,
         "vae_revision": revision or "",
         "files": ["" if origin.kind == "hub" and not Path(origin.path).is_dir() else _stamp(origin.path), _stamp(autoencoder)],
-    }
+    } | ({"latents": data.latents} if data.latents != "scalar" else {})
     words = [
         {"cats": "cats", "hub": origin.path}.get(origin.kind, Path(origin.path).expanduser().resolve().name),
         "x".join(map(str, data.image_size)),

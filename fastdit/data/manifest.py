@@ -6,11 +6,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from fastdit.config import UserError, plain
 from fastdit.data.normaliser import Normaliser
@@ -34,7 +35,7 @@ class Manifest:
     count: int
     shape: list[int]  # of a row
     dtype: str
-    scale: float  # z = (latent - shift)·scale
+    scale: float  # z = (latent - shift)·scale, where no normaliser says otherwise
     shift: float
     labelled: bool
     num_classes: int
@@ -45,7 +46,9 @@ class Manifest:
     # Absent where empty: of datasets that have none, and of packs made before there were such fields.
     revision: str = ""  # commit of the hub dataset
     vae_sha256: str = ""  # of the VAE's weights
-    # Of arrays alone (data/arrays.py).
+    latents_mean: list[float] = field(default_factory=list)  # per channel, of all images and their mirror images, unscaled
+    latents_std: list[float] = field(default_factory=list)  # exact over the posterior
+    # Of arrays alone (data/arrays.py), but for the normaliser, which latents have too that are normalised per channel.
     condition: int = 0  # numbers in each sample's condition; 0: there are none
     lengths: bool = False  # whether each sample says how much of it is no padding
     normaliser: dict[str, Any] | None = None  # data/normaliser.py, as its `to_dict` gives it
@@ -62,16 +65,27 @@ class Manifest:
         return (self.shape[1] // 2, *self.shape[2:]) if self.vae else tuple(self.shape)
 
     @property
-    def fits(self) -> tuple[tuple[int, ...], int, int, str]:
+    def fits(self) -> tuple[tuple[int, ...], int, int, str, Literal["scalar", "channel"]]:
         """What `validation.fit` wants to know."""
-        return self.image_shape, self.num_classes, self.condition, self.normaliser["kind"] if self.normaliser else ""
+        kind = self.normaliser["kind"] if self.normaliser else ""
+        latents: Literal["scalar", "channel"] = "channel" if kind and not self.arrays else "scalar"
+        return self.image_shape, self.num_classes, self.condition, kind if self.arrays else "", latents
 
     @property
     def row_bytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-REQUIRED = [f.name for f in dataclasses.fields(Manifest) if f.default is dataclasses.MISSING]
+def scaling(m: Manifest, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
+    """Scale and shift of latents: z = (latent - shift)·scale. Numbers, or fp32 [C, 1, 1] where each channel has its own."""
+    if m.normaliser is None:
+        return m.scale, m.shift
+    x = Normaliser.from_dict(m.normaliser).x
+    mean, deviation = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in x)
+    return (1 / deviation).float().to(device), mean.float().to(device)
+
+
+REQUIRED = [f.name for f in dataclasses.fields(Manifest) if f.default is f.default_factory is dataclasses.MISSING]
 PLAIN = {"int": int, "str": str, "float": float, "bool": bool}  # types of fields that are no lists
 
 
@@ -119,18 +133,28 @@ def _check(m: Manifest) -> None:
     need(m.count > 0 and m.count == sum(chunk[0] for chunk in m.chunks), "count")
     need(all(type(row) is list and [type(x) for x in row] == [str, str] for row in m.skipped), "skipped")
     _check_arrays(m, need)
+    _check_latents(m, need)
     need(not m.vae_sha256 or bool(digest.fullmatch(m.vae_sha256)), "vae_sha256")
 
 
 def _check_arrays(m: Manifest, need: Callable[[bool, str], None]) -> None:
     need(0 <= m.condition <= (WIDEST if m.arrays else 0), "condition")
     need(m.arrays or not m.lengths, "lengths")
-    need((m.normaliser is not None) == m.arrays, "normaliser")
-    if m.normaliser is not None:
+    need((m.normaliser is not None) == m.arrays or bool(m.vae), "normaliser")
+    if m.arrays and m.normaliser is not None:
         _, x, condition = Normaliser.from_dict(m.normaliser)
         need(len(x.scale) == m.shape[0] and len(condition.scale if condition else ()) == m.condition, "normaliser")
     beside = bool(re.fullmatch("[0-9a-f]{64}", m.beside_sha256))
     need(beside if m.condition or m.lengths else not m.beside_sha256, "beside_sha256")
+
+
+def _check_latents(m: Manifest, need: Callable[[bool, str], None]) -> None:
+    for name, values in (("latents_mean", m.latents_mean), ("latents_std", m.latents_std)):
+        need(len(values) in ((0, m.shape[1] // 2) if m.vae else (0,)), name)
+        need(all(type(x) is float and math.isfinite(x) for x in values), name)
+    if m.vae and m.normaliser is not None:
+        kind, x, condition = Normaliser.from_dict(m.normaliser)
+        need((kind, len(x.scale), condition) == ("mean_std", m.shape[1] // 2, None), "normaliser")
 
 
 def write(manifest: Manifest) -> bytes:
@@ -146,14 +170,14 @@ def identity(m: Manifest) -> dict[str, str]:
     """
     names = f" ({plain(', '.join(m.class_names), 1000)})" if m.class_names else ""
     content = [m.chunks, m.labels_sha256, m.num_classes, m.class_names, m.scale, m.shift]
-    if m.arrays:
-        content += [m.beside_sha256, m.normaliser]
+    content += ([m.beside_sha256] if m.arrays else []) + ([m.normaliser] if m.normaliser else [])
     return {
         "images": f"{m.count:,}",
         "classes": f"{m.num_classes:,}{names}",
         "size": "×".join(map(str, m.image_shape)),
         "transform": m.transform,
         "VAE": (m.vae_sha256[:16] or f"{m.vae} {m.vae_revision}".strip()) if m.vae else "none",
+        **({"latents": "each channel by its own mean and deviation"} if m.vae and m.normaliser else {}),
         "hub revision": m.revision or "none",
         **({"condition": f"{m.condition} numbers", "lengths": "given" if m.lengths else "none"} if m.arrays else {}),
         "content": hashlib.sha256(json.dumps(content).encode()).hexdigest(),

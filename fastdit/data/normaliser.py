@@ -1,6 +1,7 @@
 """What brings arrays to the numbers a network is trained on, and back: stored = (physical - offset) / scale, per channel.
 
-It belongs to the pack, and goes with the weights, so that a loaded model takes and gives physical units.
+It belongs to the pack, and goes with the weights, so that a loaded model takes and gives physical units. Latents have one too
+where their channels are normalised one by one: their physical units are the autoencoder's.
 """
 
 import json

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastdit.config import RankError, UserError, plain
 from fastdit.data import classes
-from fastdit.data.manifest import DTYPES, FORMAT, Manifest, changes, identity, read_manifest
+from fastdit.data.manifest import DTYPES, FORMAT, Manifest, changes, identity, read_manifest, scaling
 from fastdit.data.normaliser import Normaliser
 from fastdit.given import Given
 from fastdit.runtime import rng
@@ -128,7 +128,7 @@ def normalise(pixels: Tensor) -> Tensor:
     return (2 * pixels.float() - 255) / 255
 
 
-def posterior(moments: Tensor, eps: Tensor, scale: float, shift: float) -> Tensor:
+def posterior(moments: Tensor, eps: Tensor, scale: float | Tensor, shift: float | Tensor) -> Tensor:
     """Scaled latents, fp32 [B, C, h, w], drawn from moments [B, 2·C, h, w] of any dtype by standard normal eps [B, C, h, w].
 
     The log-variance is clamped as AutoencoderKL clamps it (arXiv 1312.6114 section 2.4; arXiv 2112.10752).
@@ -159,6 +159,7 @@ class Pack:
         self.resident = m.count * m.row_bytes <= device_gib * (1 << 30)
         # Of latents, row 2·i is image i and row 2·i + 1 its mirror image.
         self.row_shape = m.shape[1:] if m.vae else m.shape
+        self.scaling = scaling(m, device)
         self.rows = self._load() if self.resident and device.type != "cpu" else None
         self.labels, self.conditions, self.lengths = self._beside()
         self._orders: dict[int, Tensor] = {}
@@ -168,9 +169,8 @@ class Pack:
 
     @property
     def normaliser(self) -> Normaliser | None:
-        """What brings its arrays to physical units; None where its rows are images."""
-        found = self.manifest.normaliser
-        return None if found is None else Normaliser.from_dict(found)
+        """What brings its arrays to physical units, or its latents to the VAE's; None for pixels, and latents of one scale."""
+        return Normaliser.from_dict(found) if (found := self.manifest.normaliser) else None
 
     def describe(self, folder: Path) -> None:
         """Keep in a run's folder what whoever loads its weights wants to know: the classes' names and the normaliser."""
@@ -209,7 +209,7 @@ class Pack:
         self.waited_s += time.perf_counter() - start
         if m.vae:
             eps = rng.normal(m.image_shape, self.seed, "posterior", first, count, self.device)
-            x0 = posterior(rows, eps, m.scale, m.shift)
+            x0 = posterior(rows, eps, *self.scaling)
         elif m.arrays:
             x0 = rows
         else:

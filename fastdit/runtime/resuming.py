@@ -46,7 +46,7 @@ DELIBERATE: tuple[str, ...] = ("train.images", "train.lr", "train.lr_decay", "tr
 DELIBERATE += ("train.ema", "train.spike_sigma", "data.path", "data.vae")
 # Settings that follow from the data. The checkpoint knows which data those were.
 FROM_DATA: tuple[str, ...] = ("model.input_size", "model.channels", "model.num_classes", "model.condition")
-FROM_DATA += ("data.kind", "data.normaliser", "diffusion.clip_x0")
+FROM_DATA += ("data.kind", "data.normaliser", "data.latents", "diffusion.clip_x0")
 
 
 def open_run(config: Config, on_purpose: bool, adopt: Callable[[Config, Path], Config]) -> tuple[Config, Path, list[str]]:
@@ -74,7 +74,7 @@ def open_run(config: Config, on_purpose: bool, adopt: Callable[[Config, Path], C
         _require_new(folder, config)
         return config, folder, []
     before = load_config(folder / CONFIG)
-    config = _kept(folder, config, before, on_purpose)
+    config = replace(_kept(folder, config, before, on_purpose), data={"latents": before.data.latents})  # of its own pack
     free = (*FREE, *FROM_DATA) if before.train.lr_decay == "cosine" else (*FREE, *FROM_DATA, "train.images")
     if saved.complete(place(folder, config)):
         free += ("train.init_from",)  # it was read before the first checkpoint

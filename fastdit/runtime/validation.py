@@ -3,18 +3,26 @@
 import dataclasses
 import math
 import re
+from typing import Literal
 
 from fastdit.config import Config, DiffusionConfig, UserError, plain, replace, times
 
 
-def fit(config: Config, shape: tuple[int, ...], num_classes: int, condition: int = 0, normaliser: str = "") -> Config:
+def fit(
+    config: Config,
+    shape: tuple[int, ...],
+    num_classes: int,
+    condition: int = 0,
+    normaliser: str = "",
+    latents: Literal["scalar", "channel"] = "scalar",
+) -> Config:
     """The config with the model's input as the encoded data have it: (channels, rows, columns); num_classes 0: no labels.
 
     Of arrays: (channels, …) of a grid of one to three dimensions, the width of their condition, and what normalised them.
     """
     classes = num_classes if config.data.label_column else 0
     network = {"channels": shape[0], "input_size": tuple(shape[1:]), "num_classes": classes, "condition": condition}
-    fitted = replace(config, model=network, data={"kind": "arrays" if normaliser else "images"})
+    fitted = replace(config, model=network, data={"kind": "arrays" if normaliser else "images", "latents": latents})
     if normaliser:
         # Arrays normalised to mean 0 and deviation 1 go beyond ±1, those normalised to their least and most do not.
         fitted = replace(fitted, data={"normaliser": normaliser}, diffusion={"clip_x0": normaliser == "min_max"})

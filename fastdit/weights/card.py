@@ -54,7 +54,7 @@ class Trained(NamedTuple):
     class_names: Sequence[str] = ()
     converted_from: str = ""  # the file that convert.py read: its training is not known here
     latents_by: str = ""  # as weights.folder.Located has it
-    normaliser: Normaliser | None = None  # of a model of arrays
+    normaliser: Normaliser | None = None  # of a model of arrays, or of latents normalised per channel
 
 
 def write_card(trained: Trained, out: Path, format: str, name: str, weights: str, license: str, parameters: int) -> None:
@@ -77,7 +77,8 @@ def write_card(trained: Trained, out: Path, format: str, name: str, weights: str
         f"A Diffusion Transformer of {parameters / 1e6:,.1f} M parameters: {m.depth} block{'s'[: m.depth != 1]}, "
         f"width {m.width}, patch {m.patch}, {mlp}, {conditions(m)}. "
         + (f"Arrays of {times((m.channels, *m.input_size))}" if d.kind == "arrays" else f"{times(d.image_size)} pixels")
-        + (f", as latents of `{d.vae}`." if d.vae else "."),
+        + (f", as latents of `{d.vae}`" if d.vae else "")
+        + (", each channel brought to mean 0 and deviation 1 by `normaliser.json`." if d.latents == "channel" else "."),
         "",
     ]
     grids = [p for p in sorted(trained.run.glob("samples/*.png")) if p.stem.isdigit() and int(p.stem) <= (seen or 0)]

@@ -40,7 +40,7 @@ class Located(NamedTuple):
     images_seen: int | None  # None where no checkpoint says
     class_names: Sequence[str] = ()  # of classes 0, 1, …; empty: without classes, or not known
     latents_by: str = ""  # beginning of the SHA-256 of the autoencoder that made its latents; empty: none, or not known
-    normaliser: Normaliser | None = None  # of a model of arrays: to physical units and back
+    normaliser: Normaliser | None = None  # of a model of arrays, or of latents normalised per channel: to their units and back
 
 
 def locate(source: str | Path, **hub: Any) -> Located:
@@ -61,7 +61,7 @@ def locate(source: str | Path, **hub: Any) -> Located:
         found = Located(files[WEIGHTS], load_config(files[CONFIG]), Path(), None)
         names = classes.read_names(files[classes.FILE]) if classes.FILE in files else []
         kept = files.get(NORMALISER)
-        normaliser = Normaliser.read(kept.parent, kept.name) if kept else None
+        normaliser = Normaliser.read(kept.parent, kept.name) if kept and _normalised(found.config) else None
     _check_units(found.config, normaliser, source)
     names = names if len(names) == found.config.model.num_classes else []
     return found._replace(class_names=names, normaliser=normaliser)
@@ -69,19 +69,25 @@ def locate(source: str | Path, **hub: Any) -> Located:
 
 def _normaliser(found: Located) -> Normaliser | None:
     """What is kept beside a model's weights, or in the folder above them that says what they are."""
-    if found.config.data.kind != "arrays":
+    if not _normalised(found.config):
         return None
     places = [found.home, *found.weights.resolve().parents[:4]]
     return next((n for place in places if (n := Normaliser.read(place)) is not None), None)
 
 
+def _normalised(config: Config) -> bool:
+    """Whether the model's arrays or latents were normalised per channel."""
+    return config.data.kind == "arrays" or config.data.latents == "channel"
+
+
 def _check_units(config: Config, found: Normaliser | None, source: str | Path) -> None:
-    """Raise UserError where a model of arrays has no normaliser, or that of another model."""
+    """Raise UserError where a model of arrays, or of latents per channel, has no normaliser, or that of another model."""
     m = config.model
-    if config.data.kind != "arrays":
+    if not _normalised(config):
         return
     if found is None:
-        raise UserError(f"{plain(source)} holds no {NORMALISER}, which says in which units the model's arrays are")
+        what = "arrays" if config.data.kind == "arrays" else "latents"
+        raise UserError(f"{plain(source)} holds no {NORMALISER}, which says in which units the model's {what} are")
     numbers = (len(found.x.scale), len(found.condition.scale) if found.condition else 0)
     if numbers != (m.channels, m.condition):
         raise UserError(f"{plain(source)}: its {NORMALISER} is not of {m.channels} channels and {m.condition} conditions")
@@ -142,6 +148,7 @@ def load(source: str | Path, device: torch.device | str | None = None, *, precis
     config = configs.replace(found.config, parallel={"precision": precision})
     model = load_model(found.weights, config, World(0, 1, 0, 1, where))
     model.run, model.class_names, model.normaliser = found.config, list(found.class_names), found.normaliser
+    model.latents_by = found.latents_by
     return model
 
 

@@ -26,6 +26,7 @@ from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
 from fastdit.config import DiffusionConfig, ModelConfig
+from fastdit.data.normaliser import Normaliser
 from fastdit.given import Given
 from fastdit.model import DiT
 from fastdit.modulations import jump_lengths
@@ -63,15 +64,24 @@ class FastDiTPipeline(DiffusionPipeline):
     """Pictures from a FastDiTModel, one network evaluation per step unless guidance is asked for.
 
     vae: None for a model of pixels. steps: evaluations of a picture where a call does not say, as the run sampled.
+    normaliser: as normaliser.json has it, of latents normalised per channel; None: by the autoencoder's one scale and shift.
     """
 
     model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
     _optional_components = ["vae"]  # noqa: RUF012
 
-    def __init__(self, transformer: FastDiTModel, scheduler: SchedulerMixin, vae: AutoencoderKL, steps: int = 20):
+    def __init__(
+        self,
+        transformer: FastDiTModel,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL,
+        steps: int = 20,
+        normaliser: dict[str, Any] | None = None,
+    ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(steps=steps)
+        self.register_to_config(steps=steps, normaliser=normaliser)
+        self._units = None if normaliser is None else Normaliser.from_dict(normaliser).x
 
     @torch.no_grad()
     def __call__(
@@ -121,7 +131,9 @@ class FastDiTPipeline(DiffusionPipeline):
             x = scheduler.step(self._velocity(out, t, x), t, x).prev_sample
         if self.vae is not None:
             about = self.vae.config
-            x = self.vae.decode((x / about.scaling_factor + (about.get("shift_factor") or 0.0)).to(self.vae.dtype)).sample
+            shift = about.get("shift_factor") or 0.0
+            x = x / about.scaling_factor + shift if self._units is None else self._units.physical(x)
+            x = self.vae.decode(x.to(self.vae.dtype)).sample
         images: Any = ((x.float() + 1) / 2).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()

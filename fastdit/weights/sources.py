@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdit import config as configs
 from fastdit.config import Config, UserError, plain
-from fastdit.recipes import RECIPES
+from fastdit.recipes import NEWER, RECIPES, family
 from fastdit.runtime.tensors import load_weights
 from fastdit.runtime.validation import validate
 from fastdit.weights.foreign import Weights, from_diffusers, from_facebook, from_seed, from_sit
@@ -183,16 +183,14 @@ def configured(run: Config, weights: Weights, vae: str, name: str) -> Config:
     """
     model = weights.config
     vae = "" if vae == "none" or (not vae and model.channels == 3) else vae or run.data.vae or ""
-    about = _json(Path(vae, "config.json")) if vae and Path(vae).is_dir() else {}
-    channels = about.get("latent_channels", 4 if vae.startswith("stabilityai/sd-vae-ft-") else model.channels)
+    known = family(vae)
+    channels = known.channels if known is not NEWER else model.channels
     if vae and channels != model.channels:
         raise UserError(
             f"the model has {model.channels} channels and the latents of {vae} have {channels}; name with --vae the one "
             f"it was trained on (a folder or hub id of a diffusers AutoencoderKL)"
         )
-    blocks = about.get("block_out_channels")
-    factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and 0 < len(blocks) < 9 else 8
-    size = tuple(side * factor for side in model.input_size) if vae else model.input_size
+    size = tuple(side * known.factor for side in model.input_size) if vae else model.input_size
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:100] or "converted"
     run = configs.replace(
         run, run={"name": name}, data={"vae": vae or None, "image_size": size}, diffusion={"clip_x0": not vae}

@@ -62,6 +62,9 @@ def start_from(model: DiT, source: str, config: Config) -> str:
         notes.append(
             f"it saw latents of {found.config.data.vae or 'no autoencoder'}, this run's are of {config.data.vae or 'none'}"
         )
+    elif found.config.data.latents != config.data.latents:
+        said = {"scalar": "all channels by one scale", "channel": "each channel by its own"}
+        notes.append(f"its latents have {said[found.config.data.latents]}, this run's {said[config.data.latents]}")
     if theirs.condition and not config.model.condition:
         notes.append(f"its condition of {theirs.condition} numbers is left out")
     total = len(list(named_shapes(config.model)))
