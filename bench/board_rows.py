@@ -39,11 +39,11 @@ def without(about: str, averaged: bool = True, **groups: dict[str, Any]) -> Row:
 
 
 def others(about: str, averaged: bool = True, conv_kernel: int = 0, **diffusion: Any) -> Row:
-    """Somebody else's recipe on a network of our size: AdamW at 1e-4 without a schedule, EMA 0.9999 where it is averaged."""
+    """Somebody else's recipe on a network of our size: batch 32, AdamW at 1e-4 without a schedule, EMA 0.9999 if averaged."""
     config = configs.replace(
         RECIPES["cats"],
         model={"conv_kernel": conv_kernel},
-        train={"lr": 1e-4, "lr_decay": "constant", "warmup_images": 0, "weight_decay": 0.0, "ema": 0.9999},
+        train={"batch": 32, "lr": 1e-4, "beta2": 0.999, "lr_decay": "constant", "warmup_images": 0, "weight_decay": 0.0},
     )
     return Row(about, dataclasses.replace(config, diffusion=DiffusionConfig(**diffusion)), plain=True, averaged=averaged)
 
@@ -66,7 +66,9 @@ ROWS = {
     "uniform": without("t uniform, not logit-normal", diffusion={"flow_t": "uniform"}),
     "plain-mlp": without("no convolution in the MLP", model={"conv_kernel": 0}),
     "constant": without("no decay of the learning rate", train={"lr_decay": "constant"}),
-    "slow": without("the learning rate of commit 9492b0a", train={"lr": 1e-3}),
+    "slow": without("a third of the learning rate", train={"lr": 1e-3}),
+    "batch-32": without("batch 32, at 2e-3 with beta2 0.999", train={"batch": 32, "lr": 2e-3, "beta2": 0.999}),
+    "batch-8": without("batch 8", train={"batch": 8}),
     "no-ema": without("no averaged weights", averaged=False),
     # What is no default, added to ours.
     "posthoc": without("averages that move at one step in eight", train={"ema": "posthoc"}),

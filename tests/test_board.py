@@ -157,6 +157,9 @@ def test_every_row_is_valid_and_each_less_is_ours_but_for_one_thing():
         "posthoc": {"train.ema"},
         "token-drop": {"model.token_drop"},
         "constant": {"train.lr_decay"},
+        "slow": {"train.lr"},
+        "batch-8": {"train.batch"},
+        "batch-32": {"train.batch", "train.lr", "train.beta2"},
         "no-ema": set(),
     }
     for name, settings in changed.items():
