@@ -64,14 +64,29 @@ def parse_run(argv: Sequence[str], prog: str, description: str) -> tuple[Config,
     return _settings(list(argv[1:]), prog, description, saved), True
 
 
-def at_once(prog: str, description: str) -> None:
-    """What train.py can say before the seconds that torch takes to import: help, an error in the options, or that it starts."""
+def parse_over(cls: type[T], argv: Sequence[str], prog: str, description: str) -> T:
+    """[RECIPE] [--field VALUE …] → settings of a recipe and those that `cls`, a kind of Config, adds. Raises UserError."""
+    args = list(argv)
+    recipe = [args.pop(0)] if args and not args[0].startswith("-") else []
+    base = parse(recipe, prog, "")
+    default = cls(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
+    usage = f"{description.strip()}\n\n{prog} [RECIPE] [--field VALUE …]    recipes: {', '.join(RECIPES)} (default cats)"
+    return parse_args(cls, args, prog, usage, default=default)
+
+
+def is_program(verb: str, name: str) -> bool:
+    """Whether a verb's module, of this __name__, is what was started, as a script or as installed. Else argv is another's."""
+    return name == "__main__" or sys.argv[0].endswith(f"fastdit-{verb}")
+
+
+def at_once(parse: Callable[[Sequence[str]], object], start: str = "") -> None:
+    """What a verb can say before the seconds that torch takes to import: help, an error in the options, or that it starts."""
     process.outlive_terminal()
     rank = int(os.environ.get("RANK", 0))
     with _exits(rank):
-        parse_run(sys.argv[1:], prog, description)
-    if rank == 0:
-        print("starting: loading PyTorch", flush=True)
+        parse(sys.argv[1:])
+    if start and rank == 0:
+        print(start, flush=True)
 
 
 def _settings(args: list[str], prog: str, description: str, default: Config) -> Config:

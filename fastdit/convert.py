@@ -5,29 +5,17 @@ rounding. No code in a file is run: safetensors, or torch.save's files by torch.
 """
 
 import fastdit  # noqa: F401  # isort: skip  before torch
+from fastdit import command  # isort: skip
+from fastdit.options import Convert as Options  # isort: skip
 
-from dataclasses import dataclass
+if command.is_program("convert", __name__):
+    command.at_once(lambda argv: command.parse_args(Options, argv, "fastdit/convert.py", __doc__ or ""))  # before torch
+
 from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
-
-from fastdit import command
 from fastdit.config import UserError
 from fastdit.weights import folder
-from fastdit.weights.sources import Kind, configured, open_foreign
-
-
-@dataclass(frozen=True)
-class Options:
-    source: Annotated[str, tyro.conf.Positional]  # .pt, .ckpt, .bin or .safetensors file, or a folder of diffusers
-    out: str = ""  # folder to write; empty: beside the source, its name and -fastdit
-    weights: Literal["ema", "model"] = "ema"  # which of the two sets in a training checkpoint
-    kind: Kind = "auto"  # whose process a file of DiT's names was trained for; auto: as it says, else DiT's
-    num_heads: int = 0  # 0: as the file or the paper's table of sizes says
-    num_classes: int = 0  # 0: as many as the file has, less the null class where its kind has one
-    patch: int = 0  # of the seed repository's files, which may not say; 0: as they say, or for 4 channels
-    vae: str = ""  # folder or hub id of the autoencoder; empty: the kind's usual one; none: the model sees pixels
+from fastdit.weights.sources import configured, open_foreign
 
 
 def main() -> None:

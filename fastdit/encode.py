@@ -1,6 +1,16 @@
-"""Encode a recipe's images into the pack that training reads: `torchrun fastdit/encode.py [RECIPE]`, and check packs."""
+"""Encode a recipe's images into the pack that training reads: `torchrun fastdit/encode.py [RECIPE]`, and check packs.
+
+Training does so by itself where the pack is missing. Killed and run again, it goes on where it was, on any number of processes.
+
+encode.py verify PACK    hash a pack against its manifest instead
+"""
 
 import fastdit  # noqa: F401  # isort: skip  before torch
+import sys  # isort: skip
+from fastdit import command  # isort: skip
+
+if command.is_program("encode", __name__) and sys.argv[1:2] != ["verify"]:
+    command.at_once(lambda argv: command.parse(argv, "encode.py", __doc__ or ""))  # before torch
 
 import contextlib
 import itertools
@@ -17,18 +27,12 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from fastdit import pictures, sampling
-from fastdit.command import parse, run
 from fastdit.config import Config, UserError, plain
 from fastdit.data import encoding, images, vae
 from fastdit.data import pack as packs
 from fastdit.data.normaliser import Normaliser
 from fastdit.runtime import ranks
 from fastdit.runtime.ranks import World
-
-DESCRIPTION = """Encode a recipe's images into the pack that training reads (which does so by itself where the pack is missing).
-Killed and run again, it goes on where it was, on any number of processes.
-
-encode.py verify PACK    hash a pack against its manifest instead"""
 
 
 def encode(config: Config) -> None:
@@ -125,11 +129,11 @@ def _main(arguments: list[str]) -> None:
         manifest = packs.verify(path)
         print(f"{path}: {manifest.count:,} {'samples' if manifest.arrays else 'images'}, every checksum right")
         return
-    encode(parse(arguments, "encode.py", DESCRIPTION))
+    encode(command.parse(arguments, "encode.py", __doc__ or ""))
 
 
 def main() -> None:
-    run(_main, list)
+    command.run(_main, list)
 
 
 if __name__ == "__main__":

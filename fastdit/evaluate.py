@@ -5,25 +5,28 @@ are made: after a kill the same command goes on where it stopped, on any number 
 """
 
 import fastdit  # noqa: F401  # isort: skip  before torch
+from fastdit import command  # isort: skip
+from fastdit.options import Evaluate as Options  # isort: skip
+
+if command.is_program("evaluate", __name__):
+    command.at_once(lambda argv: command.parse_args(Options, argv, "fastdit/evaluate.py", __doc__ or ""))  # before torch
 
 import dataclasses
 import hashlib
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastdit import command, sampling
+from fastdit import sampling
 from fastdit.config import Config, UserError, plain
 from fastdit.data import vae
 from fastdit.model import DiT
@@ -39,28 +42,6 @@ from fastdit.weights.folder import Located, load_model, locate
 
 CHUNK = 256  # pictures between two commits; what a kill can cost each process
 OFFLINE_NUM = 5_000  # pictures and real images that the offline metric compares at most
-
-
-@dataclass(frozen=True)
-class Options:
-    source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported folder, safetensors file or hub id
-    num_images: int | None = None  # pictures to make: 50,000, or 2,000 for the offline metric; of a policy, episodes a task: 50
-    metric: Literal["auto", "offline", "fidelity", "both", "none"] = (
-        "auto"  # fidelity: FID, KID, precision, recall by Inception
-    )
-    seed: int = 0  # picture n of a seed is always the same
-    ema: float | None = None  # length of the averaged weights, a share of the run, after --train.ema posthoc; e.g. 0.07
-    sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler"] | None = None  # instead of the run's own
-    steps: int | None = None  # network evaluations per picture, instead of the run's own
-    guidance: float | None = None  # classifier-free guidance scale, instead of the run's own; 1 is off
-    guidance_interval: tuple[float, float] | None = None  # guide only in this part of the process, 0 … 1
-    batch: int = 64  # pictures made at once, per process
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the network; auto: bf16 where the device has it
-    vae: str | None = None  # folder or hub id of the autoencoder, instead of the run's own
-    reference: str | None = None  # folder of images to compare with, instead of held-out cats or training images
-    reference_num: int = 50_000  # real images that fidelity compares with, chosen at random; 0: all
-    npz: bool = False  # write the pictures as one .npz for the ADM evaluation suite
-    out: str | None = None  # folder to keep pictures in, instead of evaluations/ in the run folder or beside the file
 
 
 def main() -> None:

@@ -9,20 +9,22 @@ Each with a model card: what the weights are, images seen, the run's figures and
 """
 
 import fastdit  # noqa: F401  # isort: skip  before torch
+from fastdit import command  # isort: skip
+from fastdit.options import Export as Options  # isort: skip
+
+if command.is_program("export", __name__):
+    command.at_once(lambda argv: command.parse_args(Options, argv, "fastdit/export.py", __doc__ or ""))  # before torch
 
 import dataclasses
 import hashlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from fastdit_kernels.reference import REFERENCE
 from torch import Tensor
 
-from fastdit import command
 from fastdit import config as configs
 from fastdit.config import ModelConfig, UserError, plain
 from fastdit.data import classes, vae
@@ -34,21 +36,10 @@ from fastdit.runtime.saved import ABOUT, FILES, SHARDS, WEIGHTS
 from fastdit.runtime.tensors import contents, load_weights
 from fastdit.runtime.validation import validate
 from fastdit.weights import folder
+from fastdit.weights.averages import at_length
 from fastdit.weights.card import Trained, write_card
 from fastdit.weights.foreign import sinusoids
 from fastdit.weights.layouts import DIFFUSERS, to_theirs
-
-
-@dataclass(frozen=True)
-class Options:
-    source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported or converted folder, or hub id
-    format: Literal["fastdit", "release", "diffusers", "pipeline"] = "fastdit"  # what is to open it
-    out: str = ""  # folder to write; empty: export-FORMAT in the run folder
-    weights: Literal["ema", "live"] = "ema"  # averaged, or as the optimizer left them
-    vae: str = ""  # folder or hub id of the autoencoder; empty: as the run's config says
-    license: str = ""  # of the weights, for the card, as the hub names it: mit, cc-by-4.0 …; empty: not stated
-    push: str = ""  # hub repository to upload the folder to; empty: none
-    private: bool | None = None  # make that repository private if it is new; without it, as your hub account's default
 
 
 def main() -> None:
@@ -60,7 +51,7 @@ def export(options: Options) -> Path:
     """Read, write, describe, upload. Returns the folder. Raises UserError, one line."""
     if options.format == "release":
         charts.require()
-    trained = find(options.source, options.weights)
+    trained = find(options.source, options.weights, options.ema)
     if options.vae:
         trained = trained._replace(config=configs.replace(trained.config, data={"vae": options.vae}), latents_by="")
         validate(trained.config)
@@ -70,7 +61,8 @@ def export(options: Options) -> Path:
         raise UserError(f"{options.source} is no run; a release has the curves of one")
     if options.format in ("diffusers", "pipeline") and trained.config.data.kind == "arrays":
         raise UserError(f"--format {options.format} makes pictures, and this model makes arrays; --format fastdit takes it")
-    out = Path(options.out) if options.out else trained.run / f"export-{options.format}"
+    of_length = "" if options.ema is None else f"-ema{options.ema:g}"
+    out = Path(options.out) if options.out else trained.run / f"export-{options.format}{of_length}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another --out")
     with torch.device("meta"):
@@ -89,7 +81,8 @@ def export(options: Options) -> Path:
     if options.format == "release":
         save_curve(trained, out)
     count = sum(p.numel() for p in model.parameters())
-    write_card(trained, out, options.format, options.push or out.name, options.weights, options.license, count)
+    weights = options.weights if options.ema is None else f"averaged (post-hoc EMA of length {options.ema:g})"
+    write_card(trained, out, options.format, options.push or out.name, weights, options.license, count)
     if options.format == "release":
         names = sorted(path.name for path in out.iterdir())
         write_sums(out, {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names})
@@ -109,9 +102,18 @@ def save_curve(trained: Trained, out: Path) -> None:
 # --- what is exported ---
 
 
-def find(source: str, weights: str) -> Trained:
-    """The newest checkpoint of a run, or a given one, with its bytes verified; or an exported folder. Raises UserError."""
+def find(source: str, weights: str, ema: float | None = None) -> Trained:
+    """The newest checkpoint of a run, or a given one, with its bytes verified; or an exported folder. Raises UserError.
+
+    ema: the averaged weights of this length, at the run's newest snapshot.
+    """
     found = folder.locate(source)
+    if ema is not None:
+        if weights == "live":
+            raise UserError("--ema says which averaged weights; leave out --weights live")
+        found = at_length(found, ema)
+        about = (found.home, found.images_seen, found.class_names)
+        return Trained(found.config, load_weights(found.weights)[0], *about, "", found.latents_by, found.normaliser)
     if found.images_seen is None:
         if weights == "live":
             raise UserError(f"{source} holds one set of weights; --weights live needs a run")

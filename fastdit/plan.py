@@ -4,18 +4,21 @@ Every figure is a count, or a bound from data sheets; nothing is measured, no GP
 """
 
 import fastdit  # noqa: F401  # isort: skip  before torch
+from fastdit import command  # isort: skip
+from fastdit.options import Plan as Options  # isort: skip
+
+if command.is_program("plan", __name__):
+    command.at_once(lambda argv: command.parse_over(Options, argv, "fastdit/plan.py", __doc__ or ""))  # before torch
 
 import dataclasses
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
-from fastdit import command
-from fastdit.config import Config, UserError
+from fastdit.config import UserError
 from fastdit.planning import costs
 from fastdit.planning import memory as footprint
 from fastdit.planning.costs import Bound, Cluster
@@ -27,19 +30,6 @@ from fastdit.runtime.validation import validate
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Options(Config):
-    """A recipe, where it would run, and what to suppose."""
-
-    gpu: str = "a100-80gb"  # a100-40gb, a100-80gb, h100, h200, b200, l40s or rtx-4090
-    gpus: int = 8  # in all
-    nodes: int = 0  # they are spread over; 0: eight to a node
-    network: float = 25.0  # GB/s between nodes, each direction and GPU: 25 is a 200 Gbit/s link for each
-    efficiency: tuple[float, float, float] = (0.35, 0.5, 0.65)  # shares of the bound to suppose
-    hours: float = 0.0  # say how many images so much time is good for
-    table: bool = False  # print the markdown table of docs/scaling.md instead
-
-
 def main() -> None:
     """python fastdit/plan.py [RECIPE] [--gpus N] [--gpu NAME] [--field VALUE …]"""
     command.run(plan, parse)
@@ -47,12 +37,7 @@ def main() -> None:
 
 def parse(argv: Sequence[str]) -> Options:
     """[RECIPE] [--field VALUE …] → what to plan. Raises UserError, one line, for anything else."""
-    args = list(argv)
-    recipe = [args.pop(0)] if args and not args[0].startswith("-") else []
-    base = command.parse(recipe, "fastdit/plan.py", "")
-    groups = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-    usage = f"{(__doc__ or '').strip()}\n\nplan.py [RECIPE] [--field VALUE …]    recipes: {', '.join(RECIPES)} (default cats)"
-    options = command.parse_args(Options, args, "fastdit/plan.py", usage, default=Options(**groups))
+    options = command.parse_over(Options, argv, "fastdit/plan.py", __doc__ or "")
     validate(options)
     if options.gpu not in GPUS:
         near = difflib.get_close_matches(options.gpu, GPUS, n=1, cutoff=0.4)

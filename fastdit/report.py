@@ -1,19 +1,20 @@
 """A finished run as one page: samples over time, loss, throughput, power, quality. One HTML file that needs nothing else."""
 
 import fastdit  # noqa: F401  # isort: skip  before torch
+from fastdit import command  # isort: skip
+from fastdit.options import Report as Options  # isort: skip
+
+if command.is_program("report", __name__):
+    command.at_once(lambda argv: command.parse_args(Options, argv, "fastdit/report.py", __doc__ or ""))  # before torch
 
 import base64
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from fastdit import command
 from fastdit.config import Config, UserError, plain
 from fastdit.data import classes
 from fastdit.quality import charts, evaluation, history
@@ -29,13 +30,6 @@ STYLE = (
     "figure{margin:0}figcaption{font-size:12px;color:#777}img{image-rendering:pixelated}"
     "pre{font-size:12px;background:#f6f6f6;padding:1em;overflow:auto}"
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    run: Annotated[str, tyro.conf.Positional]  # run folder
-    out: str | None = None  # file to write, instead of report.html in the run folder
-    grids: int = 12  # sample grids shown at most, evenly spread over the run, the last one always
 
 
 def main() -> None:

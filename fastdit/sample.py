@@ -4,22 +4,25 @@ Picture n of a seed is the same whatever the batch and the number of processes: 
 """
 
 import fastdit  # noqa: F401  # isort: skip  before torch
+from fastdit import command  # isort: skip
+from fastdit.options import Sample as Options  # isort: skip
+
+if command.is_program("sample", __name__):
+    command.at_once(lambda argv: command.parse_args(Options, argv, "fastdit/sample.py", __doc__ or ""))  # before torch
 
 import functools
 import sys
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fastdit import command, pictures, sampling
+from fastdit import pictures, sampling
 from fastdit.config import Config, UserError, plain
 from fastdit.data import classes, encoding, vae
 from fastdit.data.arrays import read_conditions
@@ -38,29 +41,6 @@ from fastdit.weights.folder import Located, load_model, locate
 
 LATENCY_CALLS = 200
 CLASSES_KEPT = 16  # whose modulation a Sampler holds: for DiT-XL/2 in 20 steps 16 MB each
-
-
-@dataclass(frozen=True)
-class Options:
-    source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint, exported folder, safetensors file or hub id
-    num_images: int = 64  # pictures to make (torchrun takes a plain --num for its own)
-    first: int = 0  # number of the first; pictures are numbered per seed
-    seed: int = 0  # picture n of a seed is always the same
-    ema: float | None = None  # length of the averaged weights, a share of the run, after --train.ema posthoc; e.g. 0.07
-    label: str | None = None  # class of all pictures, by name or number; without it each class in turn
-    condition: str | None = None  # .npy or .safetensors of conditions [n, K] in physical units, one a sample or one for all
-    length: int | None = None  # of all samples, along the first axis of their grid; by default all of it
-    sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler"] | None = None  # instead of the run's own
-    steps: int | None = None  # network evaluations per picture, instead of the run's own
-    guidance: float | None = None  # classifier-free guidance scale, instead of the run's own; 1 is off
-    guidance_interval: tuple[float, float] | None = None  # guide only in this part of the process, 0 … 1
-    batch: int = 64  # pictures made at once, per process
-    compile: bool = False  # compile the network first, which takes a while: for many pictures, or many calls of one
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the network; auto: bf16 where the device has it
-    vae: str | None = None  # folder or hub id of the autoencoder, instead of the run's own
-    out: str | None = None  # folder to write to, instead of pictures/ in the run folder or beside the file
-    singles: bool = False  # write each picture as a PNG of its own, besides the grid
-    latency: bool = False  # make no files: time 200 calls at batch 1 and print the figures
 
 
 def main() -> None:

@@ -4,11 +4,10 @@
 """
 
 import fastdit  # noqa: F401  # isort: skip  before torch
-import sys  # isort: skip
 from fastdit import command  # isort: skip
 
-if __name__ == "__main__" or sys.argv[0].endswith("fastdit-train"):
-    command.at_once("python fastdit/train.py", __doc__ or "")  # and not after the seconds that torch takes to import
+if command.is_program("train", __name__):  # and not after the seconds that torch takes to import
+    command.at_once(lambda argv: command.parse_run(argv, "python fastdit/train.py", __doc__ or ""), "starting: loading PyTorch")
 
 import functools
 import sys

@@ -54,6 +54,18 @@ def test_the_first_word_comes_before_torch(no_torch, args, rank, code, out, erro
     assert ran.stderr.count("\n") == bool(error)
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_and_errors_of_every_verb_come_before_torch(no_torch, verb):
+    for args, code in ((["--help"], 0), (["--nonsense", "1"], 2)):
+        line = [sys.executable, ROOT / "fastdit" / f"{verb}.py", *args]
+        ran = subprocess.run(line, env=environment(no_torch), capture_output=True, text=True)
+        assert ran.returncode == code, (args, ran.stderr)
+        assert ("--" in ran.stdout) == (code == 0)
+        assert ran.stderr.startswith("error: unknown option --nonsense") == (code == 2)
+    ran = subprocess.run([sys.executable, "-c", f"import fastdit.{verb}", "--help"], env=environment(no_torch))
+    assert ran.returncode == 7  # elsewhere the command line is somebody else's
+
+
 @pytest.mark.parametrize("columns", ["20", "200"])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def quiet(line: str) -> None:
     pass
 
 
-def autoencoder(folder: Path, channels: int = 6, **options) -> Path:
-    torch.manual_seed(0)
+def autoencoder(folder: Path, channels: int = 6, seed: int = 0, **options) -> Path:
+    torch.manual_seed(seed)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     model = AutoencoderKL(
         **blocks, block_out_channels=[8, 16], norm_num_groups=4, latent_channels=channels, scaling_factor=0.5, **options
@@ -303,6 +303,13 @@ def test_a_run_resumes_exports_and_decodes_alike_everywhere(tmp_path, pictures, 
     assert (images * 255 - truth).abs().max() <= 0.6  # a grey level's half, for rounding, and what the solvers round apart
     pipe._units = None  # by the one scale the pixels are others
     assert (pipe(class_labels=[0, 1], latents=noise, output_type="pt").images * 255 - truth).abs().max() > 20
+
+    # Another autoencoder in the same place: a loaded model refuses it as sample.py does, where the run says whose it saw.
+    swapped = fastdit.load(folder, "cpu", precision="fp32")
+    shutil.rmtree(tmp_path / "vae")
+    autoencoder(tmp_path / "vae", seed=1)
+    with pytest.raises(UserError, match=r"is not the autoencoder that made the latents \(SHA-256 [0-9a-f]{16} then"):
+        fastdit.sample(swapped, num=1)
 
     alone = shutil.copytree(exported, tmp_path / "alone")  # not below the run, which has one too
     (alone / "normaliser.json").unlink()

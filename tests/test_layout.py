@@ -19,7 +19,7 @@ SOURCES = FASTDIT + sorted(ROOT.glob("kernels/fastdit_kernels/*.py"))
 KERNELS = "fastdit_kernels"  # below all ranks: a package of its own
 RANKS = [
     {"config"},
-    {"runtime", "robot.simulator", "recipes", "embeddings", "given", "posthoc", "consistency", "bound", "tokendrop"},
+    {"runtime", "robot.simulator", "recipes", "options", "embeddings", "given", "posthoc", "consistency", "bound", "tokendrop"},
     {"command", "pictures", "model", "modulations", "diffusion", "ema", "checkpoint", "meter", "data"},
     {"optim", "sampling", "steps", "weights", "panel"},
     {"weights.pipeline", "quality", "planning", "robot"},

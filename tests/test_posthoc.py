@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+import fastdit
 from fastdit import config as C
-from fastdit import evaluate, sample, train
+from fastdit import evaluate, export, sample, train
 from fastdit.config import Config, UserError
 from fastdit.ema import PostHoc
 from fastdit.planning import costs, memory
@@ -253,6 +254,22 @@ def test_the_verbs_take_a_length(run_ranks, whole, tmp_path, world):
     for names in run_ranks(world, verbs, whole / "runs" / "tiny", tmp_path, init=False)[:1]:
         assert [name.partition("steps")[2] for name in names] == ["-0to1.png", "-ema0.07-0to1.png", "-ema0.2-0to1.png"]
     assert len(list((tmp_path / "made").iterdir())) == 3
+
+
+def test_an_export_and_a_loaded_model_take_a_length(whole, tmp_path):
+    folder, out = whole / "runs" / "tiny", tmp_path / "exported"
+    wanted = load_weights(at_length(locate(folder), 0.07).weights)[0]
+    export.export(export.Options(str(folder), ema=0.07, out=str(out)))
+    for model in (fastdit.load(folder, "cpu", precision="fp32", ema=0.07), fastdit.load(out, "cpu", precision="fp32")):
+        assert all(torch.equal(parameter, wanted[name]) for name, parameter in model.named_parameters() if name in wanted)
+    plain = fastdit.load(folder, "cpu", precision="fp32")
+    assert not all(torch.equal(parameter, wanted[name]) for name, parameter in plain.named_parameters() if name in wanted)
+    assert "| weights | averaged (post-hoc EMA of length 0.07) |" in (out / "README.md").read_text()
+    with pytest.raises(UserError, match="leave out --weights live"):
+        export.export(export.Options(str(folder), ema=0.07, weights="live"))
+    for verb in (fastdit.load, lambda source, ema: export.export(export.Options(str(source), ema=ema))):
+        with pytest.raises(UserError, match="--ema needs a run that was trained with"):
+            verb(out, ema=0.07)
 
 
 def test_what_cannot_be_had_is_one_line(whole, tmp_path):

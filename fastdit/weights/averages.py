@@ -15,7 +15,7 @@ from fastdit.runtime.files import read_sums
 from fastdit.runtime.process import ignored
 from fastdit.runtime.run import checkpoints_of
 from fastdit.runtime.tensors import contents, save_weights
-from fastdit.weights.folder import Located
+from fastdit.weights.located import Located
 
 
 class Snapshot(NamedTuple):

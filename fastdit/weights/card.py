@@ -60,7 +60,8 @@ class Trained(NamedTuple):
 def write_card(trained: Trained, out: Path, format: str, name: str, weights: str, license: str, parameters: int) -> None:
     """README.md in the folder `out`, with the newest sample grid and the curve beside it.
 
-    name: where it will be loaded from. weights: ema or live. license: an identifier as the hub lists them; empty: not known.
+    name: where it will be loaded from. weights: ema, live, or which average, in words. license: an identifier as the hub lists
+    them; empty: not known.
     """
     config, seen, own = trained.config, trained.images_seen, not trained.converted_from
     m, d = config.model, config.data
@@ -100,7 +101,10 @@ def write_card(trained: Trained, out: Path, format: str, name: str, weights: str
         lines += [f"Licence: that of the original weights, `{plain(trained.converted_from, 100)}`, which were converted.", ""]
     lines += ["| | |", "| --- | --- |"]
     if own:
-        rows = {"data": d.path or "drawn cats", "weights": "averaged (EMA)" if weights == "ema" else "as trained"}
+        rows = {
+            "data": d.path or "drawn cats",
+            "weights": {"ema": "averaged (EMA)", "live": "as trained"}.get(weights, weights),
+        }
         names = plain(", ".join(trained.class_names), 1000).replace("|", r"\|")
         rows |= {"classes": names} if names else {}
         rows |= {} if seen is None else {"images seen": f"{seen:,}"}

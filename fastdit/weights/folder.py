@@ -6,9 +6,8 @@ A folder of weights is model.safetensors, and config.json with the config of the
 import contextlib
 import re
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from fastdit_kernels import Ops
@@ -27,20 +26,12 @@ from fastdit.runtime.hardware import compute_dtype
 from fastdit.runtime.ranks import World
 from fastdit.runtime.run import checkpoints_of, load_config, run_of, save_config
 from fastdit.runtime.tensors import load_weights, save_weights
+from fastdit.weights.averages import at_length
+from fastdit.weights.located import Located
+
+__all__ = ["Located", "from_pretrained", "load", "load_model", "locate", "push_to_hub", "save_pretrained"]
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-
-
-class Located(NamedTuple):
-    """A model's weights, and what is known of them."""
-
-    weights: Path  # safetensors
-    config: Config  # of the run that trained them
-    home: Path  # where what is made of them goes: the run's folder, or the folder of the file
-    images_seen: int | None  # None where no checkpoint says
-    class_names: Sequence[str] = ()  # of classes 0, 1, …; empty: without classes, or not known
-    latents_by: str = ""  # beginning of the SHA-256 of the autoencoder that made its latents; empty: none, or not known
-    normaliser: Normaliser | None = None  # of a model of arrays, or of latents normalised per channel: to their units and back
 
 
 def locate(source: str | Path, **hub: Any) -> Located:
@@ -137,14 +128,23 @@ def _latents_by(folder: Path) -> str:
     return said if isinstance(said, str) and re.fullmatch("[0-9a-f]{16}", said) else ""
 
 
-def load(source: str | Path, device: torch.device | str | None = None, *, precision: str = "auto", **hub: Any) -> DiT:
+def load(
+    source: str | Path,
+    device: torch.device | str | None = None,
+    *,
+    precision: str = "auto",
+    ema: float | None = None,
+    **hub: Any,
+) -> DiT:
     """The model that `locate` finds, on its averaged weights, in eval mode, for `fastdit.sample` and for calls model(x, t, y).
 
     `model.run` is the config of the run that trained it. device: None for the GPU where there is one. precision: auto, bf16 or
-    fp32, of the network. Raises UserError, one line.
+    fp32, of the network. ema: length of the averaged weights, of a run with --train.ema posthoc; None: as the run says. Raises
+    UserError, one line.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found = locate(source, **hub)
+    found = found if ema is None else at_length(found, ema)
     config = configs.replace(found.config, parallel={"precision": precision})
     model = load_model(found.weights, config, World(0, 1, 0, 1, where))
     model.run, model.class_names, model.normaliser = found.config, list(found.class_names), found.normaliser

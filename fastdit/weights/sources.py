@@ -5,19 +5,18 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastdit import config as configs
 from fastdit.config import Config, UserError, plain
+from fastdit.options import Kind
 from fastdit.recipes import NEWER, RECIPES, family
 from fastdit.runtime.tensors import load_weights
 from fastdit.runtime.validation import validate
 from fastdit.weights.foreign import Weights, from_diffusers, from_facebook, from_seed, from_sit
 from fastdit.weights.pickles import fields, load_pickled
-
-Kind = Literal["auto", "dit", "sit", "lightningdit", "repa"]
 
 
 class Foreign(NamedTuple):
