@@ -68,6 +68,7 @@ ROWS = {
     "constant": without("no decay of the learning rate", train={"lr_decay": "constant"}),
     "slow": without("a third of the learning rate", train={"lr": 1e-3}),
     "batch-32": without("batch 32, at 2e-3 with beta2 0.999", train={"batch": 32, "lr": 2e-3, "beta2": 0.999}),
+    "wide": without("width 256, not 192", model={"width": 256, "num_heads": 4}),
     "batch-8": without("batch 8", train={"batch": 8}),
     "no-ema": without("no averaged weights", averaged=False),
     # What is no default, added to ours.

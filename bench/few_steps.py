@@ -1,6 +1,6 @@
 """Few evaluations a picture: cats with and without jumps, at equal seconds of training, scored in 1, 2, 4 and 20 steps.
 
-    python bench/few_steps.py --images 36000 --seeds 3
+    python bench/few_steps.py --images 60000 --seeds 3
 
 Steps of both kinds are first timed in turns. The run with jumps then sees as many images fewer as equal seconds ask for, so
 that what else the machine does changes no figure. Each run is kept in bench/results/few-steps-DEVICE.json when it is done; a
@@ -42,7 +42,7 @@ ROOT = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Options:
-    images: int = 36_000  # seen by the run without jumps
+    images: int = 60_000  # seen by the run without jumps
     share: float = 0.3  # of training in which jumps are taught, --diffusion.consistency
     seeds: int = 3  # runs of each kind
     num: int = 2_000  # pictures scored, and held-out cats they are compared with

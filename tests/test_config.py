@@ -223,4 +223,4 @@ def test_every_field_has_help_and_there_are_few():
 def test_differences_name_both_values():
     a, b = cli(), cli("--train.lr", "0.5")
     assert differences(a, a) == []
-    assert differences(a, b) == ["train.lr: 0.002 here, 0.5 there"]
+    assert differences(a, b) == ["train.lr: 0.004 here, 0.5 there"]

@@ -499,7 +499,7 @@ def test_two_processes_do_not_write_one_pack(config):
     ("fields", "message"),
     [
         ({"patch": 5}, r"--model\.patch 5 does not divide the network's input of 16×24"),
-        ({"num_heads": 3}, r"3 attention heads do not divide --model\.width 256"),
+        ({"num_heads": 5}, r"5 attention heads do not divide --model\.width 192"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_before_encoding(config, fields, message):

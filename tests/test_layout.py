@@ -168,6 +168,7 @@ def test_what_is_tested_exists():
         "layout",  # the house itself
         "board",  # bench/board.py, quality per second
         "few_steps",  # bench/few_steps.py, quality by evaluations a picture
+        "sweep",  # bench/sweep.py, settings compared on a split of the training set
         "summary",  # bench/summary.py, which keeps results
         "aot",  # every kernel, compiled ahead of time
         "ptx",  # every kernel, as it is compiled, executed without a GPU

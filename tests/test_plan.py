@@ -273,7 +273,7 @@ def test_a_large_batch_follows_from_two_small_ones(ops):
 def test_a_run_that_cannot_work_is_refused_in_one_line_before_it_starts(monkeypatch):
     config, cpu = RECIPES["cats"], torch.device("cpu")
     assert footprint.check(config, cpu, num_images=20_000) is None
-    assert "more than the 31 images there are" in footprint.check(config, cpu, num_images=31)
+    assert "more than the 15 images there are" in footprint.check(config, cpu, num_images=15)
     monkeypatch.setattr(footprint, "memory_bytes", lambda: 4 * 10**9)
     assert footprint.check(config, cpu) is None
     line = footprint.check(configs.replace(config, train={"batch": 4096}), cpu)

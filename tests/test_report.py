@@ -82,7 +82,7 @@ def test_the_page_holds_the_run_and_needs_nothing_else(tmp_path):
     assert "1,800 images" in page.text
 
     assert "<b>tabby</b>, black" in page.text
-    for said in ("a run", "2,000 of 36,000", "0.7 min, 50.0 images per second", "loss", "power of one node", "steps skipped"):
+    for said in ("a run", "2,000 of 60,000", "0.7 min, 50.0 images per second", "loss", "power of one node", "steps skipped"):
         assert said in page.text, said
     # 100 images at 2 J and 1,900 at 0.5 J
     assert f"{(100 * 2 + 1900 * 0.5) / 3.6e6:,.3f} kWh, {(100 * 2 + 1900 * 0.5) / 2000:,.3g} J per image" in page.text
@@ -164,7 +164,7 @@ def test_lines_of_wrong_types_and_depth_do_not_stop_the_page(tmp_path):
             line = {"metric": "offline", "images": 100, "kid": value, "kid_floor": value, "num": value, "against": value}
             file.write(json.dumps(line) + "\n")
     page = Page(report(Options(str(run))).read_text())
-    assert "2,200 of 36,000" in page.text
+    assert "2,200 of 60,000" in page.text
     assert "steps skipped" not in page.text
 
 
