@@ -154,7 +154,8 @@ class TrainConfig:
     images: int = 100_000  # images to see, then stop
     batch: int = 64  # images per rank and micro-step
     grad_accum: int = 1  # micro-steps per optimizer step
-    lr: float = 1e-4  # peak, AdamW
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices of the blocks, at AdamW's lr and weight decay
+    lr: float = 1e-4  # peak
     lr_decay: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine falls to zero at the last image
     warmup_images: int = 0  # linear warm-up of the learning rate, in images seen
     weight_decay: float = 1e-2  # on matrices only
@@ -185,7 +186,7 @@ class LogConfig:
     sample_every: int | None = None  # images between sample grids; by default a tenth of the run
     save_every: int | None = None  # images between checkpoints; by default a tenth of the run
     wandb: str | None = None  # Weights & Biases project to log to
-    peak_tflops: float | None = None  # dense bf16 peak of the device for MFU; by default looked up by the device's name
+    peak_tflops: Derived[float | None] = None  # dense bf16 peak of the device for MFU; None: by the device's name
     print_every: Derived[int | None] = None  # images between lines of metrics.jsonl; None: one in 200 of the run
     keep: Derived[int] = 3  # newest checkpoints kept
 

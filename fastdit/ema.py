@@ -1,6 +1,6 @@
 """The averaged weights (EMA), on local shards and without a host sync: one of a given decay, or two for any length."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,9 +29,9 @@ class EMA:
         return 1 - min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, weight: float | Tensor, found_inf: Tensor | None = None) -> None:
-        """Move the average by this share towards the weights; change nothing where found_inf is 1."""
-        pairs = [(local(e), local(self.params[name])) for name, e in self.tensors.items()]
+    def update(self, weight: float | Tensor, found_inf: Tensor | None = None, names: Iterable[str] | None = None) -> None:
+        """Move the average, or that of these names, by this share towards the weights; nothing where found_inf is 1."""
+        pairs = [(local(self.tensors[name]), local(self.params[name])) for name in (self.tensors if names is None else names)]
         averages = [e for e, p in pairs if e.numel()]
         weights = [p.float() for e, p in pairs if e.numel()]
         if not averages:  # more ranks than rows

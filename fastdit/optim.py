@@ -16,8 +16,10 @@ from torch.optim.adamw import adamw
 
 from fastdit.config import TrainConfig
 from fastdit.ema import EMA, PostHoc
+from fastdit.muon import Muon, orthogonalised
 from fastdit.runtime import graph
 from fastdit.runtime.sharding import collect_gradients, local, main_param, named_parameters, named_shards, refresh
+from fastdit.spikes import Spikes
 
 BETA1, EPS = 0.9, 1e-8
 
@@ -34,7 +36,7 @@ class ShardAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig):
-        self.named = named_shards(model)
+        self.named = {n: p for n, p in named_shards(model).items() if config.optimizer == "adamw" or not orthogonalised(n)}
         pulled = {name: decays(model, name) for name in self.named}
         groups = [
             {"params": [p for n, p in self.named.items() if pulled[n]], "weight_decay": config.weight_decay},
@@ -135,38 +137,6 @@ def clip_and_check(optimizer: ShardAdamW, grads: list[Tensor], max_norm: float, 
     return norm
 
 
-class Spikes:
-    """Finds losses more than `sigma` standard deviations above the mean of the last WINDOW losses, earlier spikes left out.
-
-    `window`, fp64 [WINDOW + 1] and equal on all ranks: those losses in a ring buffer, and how many there have been. The
-    decision is made on the device, without a host sync.
-    """
-
-    WINDOW, FEW = 128, 32  # nothing is a spike before the first FEW
-
-    def __init__(self, sigma: float, device: torch.device):
-        self.sigma = sigma
-        self.window = torch.zeros(self.WINDOW + 1, dtype=torch.float64, device=device)
-        self.places = torch.arange(self.WINDOW, device=device)
-
-    @torch.no_grad()
-    def find(self, loss: Tensor) -> Tensor:
-        """Whether the step's loss, of which each rank gives its mean, is a spike: bool on the device. One all-reduce."""
-        loss = loss.detach().double().clone()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(loss)
-            loss /= dist.get_world_size()
-        losses, count = self.window[:-1], self.window[-1]
-        filled = (self.places < count).double()
-        mean = (losses * filled).sum() / filled.sum()
-        deviation = (((losses - mean).square() * filled).sum() / filled.sum()).sqrt()
-        spike = (count >= self.FEW) & (loss > mean + self.sigma * deviation)
-        counts = loss.isfinite() & ~spike
-        losses.copy_(torch.where((self.places == count % self.WINDOW) & counts, loss, losses))
-        count += counts
-        return spike
-
-
 # --- all of it, as the training step sees it ---
 
 
@@ -181,17 +151,21 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: TrainConfig, global_batch: int, kernel: bool = False):
         self.model, self.config, self.global_batch = model, config, global_batch
         self.adamw = ShardAdamW(model, config)
+        matrices = {n: p for n, p in named_shards(model).items() if n not in self.adamw.named}
+        self.muon = Muon(matrices, config.weight_decay) if matrices else None
+        self.named = {**self.adamw.named, **matrices}
         self.ema = PostHoc(model) if config.ema == "posthoc" else EMA(model, config.ema)
         self.spikes = Spikes(config.spike_sigma, self.adamw.skips.device) if config.spike_sigma else None
         self.adamw_ema: Callable[..., None] | None = None
         self.table: Tensor | None = None
-        self.copies: list[nn.Parameter] = []  # of adamw.named's, written by the kernel
+        self.copies: list[nn.Parameter] = []  # of `named`, written by the kernel, and after Muon
         if kernel and not isinstance(self.ema, PostHoc):
-            self.copies = [p for p in named_parameters(model).values() if main_param(p) is not p]
+            held = named_parameters(model)
+            self.copies = [held[n] for n in self.named if main_param(held[n]) is not held[n]]
             states = [self.adamw.state[p] for p in self.adamw.named.values()]
             moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
             averages = [self.ema.tensors[name] for name in self.adamw.named]
-            lists = ([*self.adamw.named.values()], *moments, averages, self.copies)
+            lists = ([*self.adamw.named.values()], *moments, averages, self.copies[: len(states)])
             self.shards = [[local(t) for t in tensors] for tensors in lists]  # found once: a step moves none of them
             from fastdit_kernels.adamw_ema import adamw_ema, addresses  # here: they import triton, which only Linux has
 
@@ -226,22 +200,25 @@ class Optimizer:
         spike = self.spikes.find(loss) if self.spikes and loss is not None else None
         grads = self._gradients()
         norm = clip_and_check(self.adamw, grads, self.config.grad_clip, spike)
+        if self.muon is not None:  # its matrices always have gradients, and stand last
+            self.muon.step(grads[-len(self.muon.named) :], lr, self.adamw.grad_scale, self.adamw.found_inf)
         if self.adamw_ema is None:
             self.adamw.step(lr)
             if not isinstance(self.ema, PostHoc):  # `follow` moves that
                 self.ema.update(weight, self.adamw.found_inf)
         else:
-            self._one_pass(grads, lr, weight)
-        self.adamw.zero_grad()
-        for copy in self.copies:
-            copy.grad = None
+            self._one_pass(grads[: len(self.adamw.named)], lr, weight)
+            if self.muon is not None:
+                self._after_muon(weight)
+        for p in (*self.named.values(), *self.copies):
+            p.grad = None
         if not self.copies:
             refresh(self.model)
         return norm
 
     def _gradients(self) -> list[Tensor]:
-        """Of each of adamw.named: the copies' own where the kernel reads them and no micro-step came before, else fp32."""
-        parameters = [*self.adamw.named.values()]
+        """Of each of `named`: the copies' own where the kernel reads them and no micro-step came before, else fp32."""
+        parameters = [*self.named.values()]
         if self.copies and all(p.grad is None for p in parameters):
             parameters = self.copies
         else:
@@ -271,11 +248,20 @@ class Optimizer:
             lr=lr, beta1=BETA1, beta2=self.config.beta2, eps=EPS, weight=weight, table=self.table, copies=copies,
         )  # fmt: skip
 
+    @torch.no_grad()
+    def _after_muon(self, weight: Tensor) -> None:
+        """What the kernel does for AdamW's parameters in its pass: the average and the copies, here of Muon's matrices."""
+        assert self.muon is not None
+        self.ema.update(weight, self.adamw.found_inf, self.muon.named)
+        if copies := self.copies[len(self.adamw.named) :]:
+            torch._foreach_copy_(copies, [*self.muon.named.values()])
+
     def captured(self, succeeded: bool) -> None:
         """After a step was captured as a graph: fill the table of addresses; or clear what a failed capture left."""
         if not succeeded:
             self.model.zero_grad()
-            self.adamw.zero_grad()
+            for p in self.named.values():
+                p.grad = None
         elif self.table is not None:
             self.table.copy_(self.addresses)
 
@@ -283,7 +269,8 @@ class Optimizer:
         """Everything a step changes, by name, sharing memory with the live tensors: what a checkpoint saves and loads in place.
 
         model.X, exp_avg.X, exp_avg_sq.X, ema.X of each parameter's shape; step.X [1] and skips [2], equal on all ranks. fp32.
-        Post-hoc averages add narrow.X. Where spikes are skipped, losses too, by which they are found: fp64, equal on all ranks.
+        Muon's matrices have momentum.X in place of exp_avg.X, exp_avg_sq.X and step.X. Post-hoc averages add narrow.X. Where
+        spikes are skipped, losses too, by which they are found: fp64, equal on all ranks.
         """
         found: dict[str, Tensor] = {"skips": self.adamw.skips}
         if self.spikes:
@@ -294,5 +281,7 @@ class Optimizer:
             found[f"exp_avg.{name}"] = state["exp_avg"]
             found[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
             found[f"step.{name}"] = state["step"].view(1)
+        for name, p in self.muon.named.items() if self.muon else ():
+            found[f"model.{name}"], found[f"momentum.{name}"] = p.detach(), self.muon.momenta[name]
         found.update(self.ema.saved())
         return found

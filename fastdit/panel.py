@@ -37,7 +37,7 @@ def facts(
         "batch": f"{t.batch} per rank × {ranks} × {micro} = {batch:,} images",
         "length": f"{t.images:,} images = {plural(-(-t.images // batch), 'step')}",
         "numbers": numbers(config, world.device, data.lengths),
-        "MFU": f"of {peak:g} TFLOP/s per device" if peak else "not shown: unknown peak; --log.peak_tflops gives it",
+        "MFU": f"of {peak:g} TFLOP/s per device" if peak else "not shown: unknown peak of this device",
     }
 
 

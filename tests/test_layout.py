@@ -20,7 +20,7 @@ KERNELS = "fastdit_kernels"  # below all ranks: a package of its own
 RANKS = [
     {"config"},
     {"runtime", "robot.simulator", "recipes", "options", "embeddings", "given", "posthoc", "consistency", "bound", "tokendrop"},
-    {"command", "pictures", "model", "modulations", "diffusion", "ema", "checkpoint", "meter", "data"},
+    {"command", "pictures", "model", "modulations", "diffusion", "ema", "muon", "spikes", "checkpoint", "meter", "data"},
     {"optim", "sampling", "steps", "weights", "panel"},
     {"weights.pipeline", "quality", "planning", "robot"},
     {"train", "encode", "sample", "convert", "export", "plan", "evaluate", "report"},

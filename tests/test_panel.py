@@ -49,7 +49,7 @@ def test_plain_lines_where_the_output_is_no_terminal(facts):
         "batch   64 per rank × 2 ranks × 3 micro-steps = 384 images",
         "length  60,000 images = 157 steps",
         f"numbers bf16, PyTorch kernels, {attention}",
-        "MFU     not shown: unknown peak; --log.peak_tflops gives it",
+        "MFU     not shown: unknown peak of this device",
     ]
 
 

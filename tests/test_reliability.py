@@ -39,13 +39,14 @@ from fastdit.data import images as images_
 from fastdit.data.encoding import Pack
 from fastdit.meter import Meter
 from fastdit.model import DiT
-from fastdit.optim import Optimizer, Spikes
+from fastdit.optim import Optimizer
 from fastdit.planning import memory
 from fastdit.quality import evaluation
 from fastdit.recipes import RECIPES
 from fastdit.runtime import ranks, saved, sharding
 from fastdit.runtime.run import save_config
 from fastdit.runtime.tensors import load_weights
+from fastdit.spikes import Spikes
 from fastdit.weights import start
 
 ROOT = Path(__file__).parent.parent
