@@ -201,13 +201,14 @@ class Optimizer:
         grads = self._gradients()
         norm = clip_and_check(self.adamw, grads, self.config.grad_clip, spike)
         if self.muon is not None:  # its matrices always have gradients, and stand last
-            self.muon.step(grads[-len(self.muon.named) :], lr, self.adamw.grad_scale, self.adamw.found_inf)
+            grads, of_muon = grads[: -len(self.muon.named)], grads[-len(self.muon.named) :]
+            self.muon.step(of_muon, lr, self.adamw.grad_scale, self.adamw.found_inf)
         if self.adamw_ema is None:
             self.adamw.step(lr)
             if not isinstance(self.ema, PostHoc):  # `follow` moves that
                 self.ema.update(weight, self.adamw.found_inf)
         else:
-            self._one_pass(grads[: len(self.adamw.named)], lr, weight)
+            self._one_pass(grads, lr, weight)
             if self.muon is not None:
                 self._after_muon(weight)
         for p in (*self.named.values(), *self.copies):
@@ -254,7 +255,7 @@ class Optimizer:
         assert self.muon is not None
         self.ema.update(weight, self.adamw.found_inf, self.muon.named)
         if copies := self.copies[len(self.adamw.named) :]:
-            torch._foreach_copy_(copies, [*self.muon.named.values()])
+            torch._foreach_copy_(list[Tensor](copies), list[Tensor](self.muon.named.values()))
 
     def captured(self, succeeded: bool) -> None:
         """After a step was captured as a graph: fill the table of addresses; or clear what a failed capture left."""
@@ -281,7 +282,8 @@ class Optimizer:
             found[f"exp_avg.{name}"] = state["exp_avg"]
             found[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
             found[f"step.{name}"] = state["step"].view(1)
-        for name, p in self.muon.named.items() if self.muon else ():
-            found[f"model.{name}"], found[f"momentum.{name}"] = p.detach(), self.muon.momenta[name]
+        if self.muon is not None:
+            found |= {f"model.{name}": p.detach() for name, p in self.muon.named.items()}
+            found |= {f"momentum.{name}": momentum for name, momentum in self.muon.momenta.items()}
         found.update(self.ema.saved())
         return found

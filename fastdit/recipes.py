@@ -20,7 +20,7 @@ def dit(size: str, patch: int, **fields: Any) -> ModelConfig:
 RECIPES = {
     # Drawn cats composed from layers that a dependency ships: no GPU and no download, cats within minutes on two CPU cores.
     # After so few images a network that predicts x0 makes cats where one that predicts noise still makes noise, and many small
-    # steps of a narrow network are worth more than few large ones (docs/quality.md). All cats look one way, so they are not flipped.
+    # steps of a narrow network are worth more than few large ones (docs/quality.md). All cats look one way: none is flipped.
     "cats": Config(
         data=DataConfig(hflip=False),
         model=ModelConfig(patch=4, depth=6, width=192, num_heads=3),

@@ -167,6 +167,7 @@ def test_what_is_tested_exists():
     whole = {
         "layout",  # the house itself
         "board",  # bench/board.py, quality per second
+        "muon_run",  # muon.py in whole runs
         "few_steps",  # bench/few_steps.py, quality by evaluations a picture
         "sweep",  # bench/sweep.py, settings compared on a split of the training set
         "summary",  # bench/summary.py, which keeps results

@@ -185,7 +185,7 @@ def test_ranks_equal_a_single_process(run_ranks, world, shard, kernel):
 
 @pytest.mark.parametrize("kernel", [False, True])
 def test_a_non_finite_gradient_changes_nothing_to_the_bit(run_ranks, kernel):
-    for tensors, changed in [train(0, 2, kernel), *run_ranks(4, train, 2, 2, kernel)]:
+    for tensors, changed in [train(0, 2, kernel), *run_ranks(4, train, 4, 2, kernel)]:
         assert changed[2] == {"skips"}
         for n in (1, 3):
             assert {f"{kind}.{name}" for kind in ("model", "momentum", "ema") for name in ALL} <= changed[n]

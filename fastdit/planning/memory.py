@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdit.config import Config, ModelConfig, UserError, replace
 from fastdit.embeddings import num_frequencies, out_channels
 from fastdit.model import DiT
+from fastdit.muon import orthogonalised
 from fastdit.planning.activations import FEW, MANY, activations
 from fastdit.runtime.hardware import compute_dtype, memory_bytes, precision
 from fastdit.runtime.ranks import World
@@ -60,6 +61,7 @@ class Sizes(NamedTuple):
     root: int
     shard: int  # of one rank
     trained: int  # of one rank's shard: those that have a gradient
+    matrices: int  # of one rank's shard: those that Muon updates where it is asked for
 
 
 def sizes(config: ModelConfig, ranks: int) -> Sizes:
@@ -74,7 +76,8 @@ def sizes(config: ModelConfig, ranks: int) -> Sizes:
 
     shard = sum(rows(p) for p in model.parameters())
     trained = sum(rows(p) for p in model.parameters() if p.requires_grad)
-    return Sizes(whole, block, whole - block * config.depth, shard, trained)
+    matrices = sum(rows(p) for name, p in model.named_parameters() if orthogonalised(name))
+    return Sizes(whole, block, whole - block * config.depth, shard, trained, matrices)
 
 
 def state_bytes(config: Config, ranks: int) -> dict[str, int]:
@@ -91,6 +94,8 @@ def state_bytes(config: Config, ranks: int) -> dict[str, int]:
         "EMA": (8 if config.train.ema == "posthoc" else 4) * s.trained,
         "gathered weights": itemsize * gathered,
     }
+    if config.train.optimizer == "muon":  # one number for each of the blocks' matrices, where AdamW has two
+        held |= {"AdamW moments": 8 * (s.trained - s.matrices), "Muon's momentum": 4 * s.matrices}
     if config.train.grad_accum > 1:
         held["whole gradients, accumulated"] = 4 * s.whole
     return held
