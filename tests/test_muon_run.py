@@ -15,8 +15,9 @@ from fastdit import muon, train
 from fastdit.config import Config
 from fastdit.model import DiT
 from fastdit.optim import Optimizer
-from fastdit.planning import memory
+from fastdit.planning import costs, memory
 from fastdit.planning.flops import train_flops_per_image
+from fastdit.planning.gpus import GPUS
 from fastdit.recipes import RECIPES
 from fastdit.runtime.run import load_config
 from fastdit.runtime.tensors import load_weights
@@ -125,3 +126,12 @@ def test_it_costs_at_most_8_percent_of_a_step_on_8_ranks():
     most = max(sum(muon.flops(p.rows, p.columns) for p in parts if p.owner == rank) for rank in range(8))
     step = config.train.batch * train_flops_per_image(config.model)
     assert 0.03 < most / step <= 0.08
+    cluster = costs.Cluster(GPUS["a100-80gb"], 8, 1, 25.0)
+    with_muon = C.replace(config, train={"optimizer": "muon"})
+    [part] = [part for part in costs.parts(with_muon, cluster) if part.name == "Newton–Schulz"]
+    assert part.flops == most
+    assert not any(part.name == "Newton–Schulz" for part in costs.parts(config, cluster))
+    [message] = {m.name: m for m in costs.messages(with_muon, cluster)}.keys() - {
+        m.name for m in costs.messages(config, cluster)
+    }
+    assert message.startswith("all-to-all")

@@ -6,6 +6,7 @@ that computes at its peak, or moves memory at its bandwidth, in each part of the
 
 from typing import NamedTuple
 
+from fastdit import muon
 from fastdit.config import Config
 from fastdit.embeddings import num_frequencies, out_channels
 from fastdit.planning.flops import macs_per_image
@@ -96,9 +97,28 @@ def parts(config: Config, cluster: Cluster, dropped: bool = False) -> list[Part]
     cost["bias gradients"] = (0.0, micro * L * (3 * D + (0 if m.conv_kernel else F)) * block * item)
     cost["casts and copies"] = (0.0, copied(config, cluster))
     cost["optimizer and EMA"] = (0.0, optimizer_bytes(config, cluster))
+    if config.train.optimizer == "muon":
+        cost["Newton–Schulz"] = newton_schulz(config, cluster)
     gpu = cluster.gpu
     rate = gpu.flops if precision(p.precision) == "bf16" else gpu.flops / 2  # TF32 runs at half the rate of bf16
     return [Part(name, f, b, f / rate, b / (gpu.memory_gb_per_s * 1e9)) for name, (f, b) in cost.items()]
+
+
+def newton_schulz(config: Config, cluster: Cluster) -> tuple[float, float]:
+    """FLOPs and bytes of a step on the rank that makes the most matrices orthogonal, each rank of one copy some of them.
+
+    A step of the iteration reads and writes the matrix three times and its square of rows five times, in 16 bits.
+    """
+    m, ranks = config.model, config.parallel.shard or cluster.local
+    D, F, L = m.width, m.mlp_ratio * m.width, m.depth
+    shapes = dict(zip(muon.MATRICES, [(3 * D, D), (D, D), (F, D), (D, F)], strict=True))
+    made = muon.spread([(f"blocks.{n}.{name}", *shape) for n in range(L) for name, shape in shapes.items()], ranks)
+    flops, moved = [0.0] * ranks, [0.0] * ranks
+    for part in made:
+        short = min(part.rows, part.columns)
+        flops[part.owner] += muon.flops(part.rows, part.columns)
+        moved[part.owner] += muon.STEPS * 2 * (3 * part.rows * part.columns + 5 * short * short)
+    return max(flops), max(moved)
 
 
 def narrow_gradients(config: Config, cluster: Cluster) -> bool:
@@ -179,6 +199,9 @@ def messages(config: Config, cluster: Cluster) -> list[Message]:
         found.append(Message("all-gather of weights", sent, seconds(sent, gathers * item * s.whole, shard)))
         sent = share * 4 * s.whole
         found.append(Message("reduce-scatter of gradients", sent, seconds(sent, 4 * s.whole, shard)))
+        if config.train.optimizer == "muon":  # its matrices' momentum to their owners and their updates back, in 16 bits
+            sent = share * 2 * 2 * s.matrices / shard
+            found.append(Message("all-to-all of Muon's updates, both ways", sent, seconds(sent, sent * shard, shard)))
     copies = cluster.gpus // shard
     if copies > 1:
         sent = 2 * (copies - 1) / copies * 4 * s.whole / shard
