@@ -19,6 +19,7 @@ from fastdit.checkpoint import Checkpoints
 from fastdit.config import Config, UserError
 from fastdit.convert import Options as ConvertOptions
 from fastdit.convert import convert
+from fastdit.data.normaliser import Affine, Normaliser
 from fastdit.diffusion import schedule
 from fastdit.export import Options, export, to_diffusers
 from fastdit.model import DiT
@@ -257,11 +258,11 @@ def test_another_autoencoder_than_the_models_is_refused_before_anything_is_made(
     refuses(Options(str(run), format="pipeline"), "has latents of 4 channels, the model's have 8")
 
 
-def test_the_hub_is_given_the_folder_and_gives_it_back(make_run, tmp_path, monkeypatch):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub: its client, and what it was asked. What is uploaded lies in the cache as if downloaded."""
     import huggingface_hub
 
-    run, config, averaged = make_run(SMALL)
-    names = ["bag", "boot", "coat", "hat", "shoe"]
     calls = []
 
     class Api:
@@ -286,6 +287,13 @@ def test_the_hub_is_given_the_folder_and_gives_it_back(make_run, tmp_path, monke
             return type("Commit", (), {"commit_url": "https://hub/commit"})
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return Api, calls
+
+
+def test_the_hub_is_given_the_folder_and_gives_it_back(make_run, tmp_path, monkeypatch, hub):
+    Api, calls = hub
+    run, config, averaged = make_run(SMALL)
+    names = ["bag", "boot", "coat", "hat", "shoe"]
     assert push_to_hub(averaged, "me/cats", config, private=True, token="t", commit_message="first") == "https://hub/commit"
     assert calls == [("token", "t"), ("me/cats", True, True), {"commit_message": "first"}]
     loaded, _ = from_pretrained("me/cats", cache_dir=tmp_path / "cache", local_files_only=True)
@@ -295,19 +303,37 @@ def test_the_hub_is_given_the_folder_and_gives_it_back(make_run, tmp_path, monke
     assert ("me/birds", None, True) in calls
     # Names of classes come with a model that has them; those of a folder that one stands in are another model's.
     monkeypatch.chdir(run)
-    hub = {"cache_dir": tmp_path / "cache", "local_files_only": True}
-    assert fastdit.load("me/birds", **hub).class_names == []
+    cached = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    assert fastdit.load("me/birds", **cached).class_names == []
     (run / "classes.json").write_text(json.dumps(names))
-    assert fastdit.load("me/cats", **hub).class_names == []
+    assert fastdit.load("me/cats", **cached).class_names == []
     export(Options(str(run), push="me/clothes", out=str(tmp_path / "named")))
-    assert fastdit.load("me/clothes", **hub).class_names == names
-    assert fastdit.sample(fastdit.load("me/clothes", **hub), num=1, label="coat", steps=1).shape == (1, 3, 8, 8)
+    assert fastdit.load("me/clothes", **cached).class_names == names
+    assert fastdit.sample(fastdit.load("me/clothes", **cached), num=1, label="coat", steps=1).shape == (1, 3, 8, 8)
     (run / "classes.json").write_text(json.dumps(names[:2]))  # of another model
     assert fastdit.load(run).class_names == []
     with pytest.raises(UserError, match=r"\Ame/dogs: no such folder, and not loaded from the hub: [^\n]*\Z"):
         from_pretrained("me/dogs", cache_dir=tmp_path / "cache", local_files_only=True)
     monkeypatch.setattr(Api, "upload_folder", lambda *_, **__: 1 / 0)
     refuses(Options(str(run), push="me/cats"), "not uploaded to me/cats")
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_model_of_arrays_has_its_units_from_the_hub(make_run, tmp_path):
+    model = {**SMALL, "input_size": (8,), "channels": 2, "condition": 3, "num_classes": 0}
+    run, _, _ = make_run(model, data={"kind": "arrays", "path": "waves", "normaliser": "min_max"})
+    units = Normaliser("min_max", Affine((5.0, -2.0), (0.5, 4.0)), Affine((0.0, 1.0, 2.0), (1.0, 2.0, 3.0)))
+    units.write(run)
+    export(Options(str(run), push="me/waves", out=str(tmp_path / "pushed")))
+    loaded = fastdit.load("me/waves", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert loaded.normaliser == units
+    condition = torch.tensor([[0.5, 2.0, 3.0]])
+    ours, theirs = (fastdit.sample(m, num=1, steps=2, condition=condition) for m in (fastdit.load(run), loaded))
+    assert torch.equal(ours, theirs)
+    assert ours.shape == (1, 2, 8)
+    units._replace(x=Affine((6.0, -2.0), (0.5, 4.0))).write(run)  # physical units: one more in the first channel
+    moved = fastdit.sample(fastdit.load(run), num=1, steps=2, condition=condition)
+    torch.testing.assert_close(moved - ours, torch.tensor([1.0, 0.0]).view(1, 2, 1).expand(1, 2, 8), rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_overwritten(make_run, tmp_path):
