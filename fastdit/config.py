@@ -155,7 +155,7 @@ class TrainConfig:
     batch: int = 64  # images per rank and micro-step
     grad_accum: int = 1  # micro-steps per optimizer step
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices of the blocks, at AdamW's lr and weight decay
-    lr: float = 1e-4  # peak
+    lr: float = 1e-4  # peak, AdamW and Muon
     lr_decay: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine falls to zero at the last image
     warmup_images: int = 0  # linear warm-up of the learning rate, in images seen
     weight_decay: float = 1e-2  # on matrices only

@@ -88,7 +88,7 @@ def test_the_page_holds_the_run_and_needs_nothing_else(tmp_path):
     assert f"{(100 * 2 + 1900 * 0.5) / 3.6e6:,.3f} kWh, {(100 * 2 + 1900 * 0.5) / 2000:,.3g} J per image" in page.text
     assert "0.25 (-0.0012)" in page.text
     assert "not comparable with published FID" in page.text
-    assert '"width": 256' in page.text
+    assert '"width": 192' in page.text
 
 
 def test_without_a_gpu_there_is_no_power_and_without_evaluations_no_quality(tmp_path):
