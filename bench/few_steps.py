@@ -19,21 +19,18 @@ from typing import Any
 
 import torch
 from board import commit, device_name, read, slug
+from board_rows import Training
 from torch import Tensor
 
-from fastdit import command, pictures, train
+from fastdit import command, pictures
 from fastdit.config import Config, UserError, replace
 from fastdit.data import encoding
-from fastdit.diffusion import choose_objective
-from fastdit.model import on_kernels
-from fastdit.optim import Optimizer
-from fastdit.quality import evaluation, references
+from fastdit.quality import references
 from fastdit.quality.scores import Judge
 from fastdit.recipes import RECIPES
 from fastdit.runtime import ranks
 from fastdit.runtime.files import write_text
 from fastdit.runtime.ranks import World
-from fastdit.weights import start
 
 STEPS = (20, 4, 2, 1)
 SHOWN = 8  # pictures of each kind
@@ -57,33 +54,16 @@ def recipe(options: Options, share: float, images: int, seed: int) -> Config:
     return replace(config, model={"jumps": share > 0}, diffusion={"consistency": share}, train={"images": images})
 
 
-class Run:
-    """A model in training."""
-
-    def __init__(self, config: Config, world: World):
-        self.config, self.world, self.pack = config, world, encoding.open_pack(config, world)
-        self.model = start.build(config, world)
-        self.optimizer = Optimizer(self.model, config.train, config.train.batch, kernel=on_kernels(config, world.device))
-        self.objective = choose_objective(config, world.device)
-
-    def step(self, images_seen: int) -> None:
-        train.step(self.model, self.objective, self.optimizer, self.pack, self.config, self.world, images_seen)
-
-    def pictures(self, steps: int, num: int) -> Tensor:
-        config = replace(self.config, sample={"steps": steps})
-        with self.optimizer.ema.applied(self.model):
-            return evaluation.make_pictures(self.model, config, None, self.world, num)
-
-
 def seconds_per_step(options: Options, world: World) -> dict[str, float]:
     """Medians of steps without and with jumps, and of their ratio, in turns."""
-    runs = [Run(recipe(options, share, options.images, 0), world) for share in (0.0, 1.0)]
+    configs = [recipe(options, share, options.images, 0) for share in (0.0, 1.0)]
+    runs = [Training(config, world, encoding.open_pack(config, world)) for config in configs]
     synchronize = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
     times: list[list[float]] = [[], []]
     for number in range(options.timed):
         for run, of in zip(runs, times, strict=True):
             began = time.perf_counter()
-            run.step(number * run.config.train.batch)
+            run.train(number * run.config.train.batch)
             synchronize()
             of.append(time.perf_counter() - began)
     plain, jumps = (of[len(of) // 5 :] for of in times)  # the first ones warm up
@@ -95,14 +75,14 @@ def seconds_per_step(options: Options, world: World) -> dict[str, float]:
 
 def measure(config: Config, world: World, judge: Judge) -> tuple[dict[str, Any], list[Tensor]]:
     """Train to the last image; the figures by steps, and the first pictures of each."""
-    run, began = Run(config, world), time.perf_counter()
+    run, began = Training(config, world, encoding.open_pack(config, world)), time.perf_counter()
     with contextlib.closing(run.pack):
         for seen in range(0, config.train.images, config.train.batch):
-            run.step(seen)
+            run.train(seen)
     found: dict[str, Any] = {"trained_s": time.perf_counter() - began, "images": config.train.images}
     shown = []
     for steps in STEPS:
-        made = run.pictures(steps, judge.num)
+        made = run.pictures(judge.num, steps=steps)
         found[str(steps)] = judge.score(made)._asdict()
         shown.append(made[:SHOWN])
         print(f"  {steps:2} steps: " + "  ".join(f"{k} {v:.4g}" for k, v in found[str(steps)].items() if v), flush=True)

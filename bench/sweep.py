@@ -18,22 +18,17 @@ from typing import Annotated, Any
 import torch
 import tyro
 from board import commit, device_name, read, slug
-from torch import Tensor
+from board_rows import Training
 
-from fastdit import command, train
+from fastdit import command
 from fastdit.config import Config, UserError, nearest, replace
 from fastdit.data.cats import Cats
 from fastdit.data.pack import Batch, normalise
-from fastdit.diffusion import choose_objective
-from fastdit.model import on_kernels
-from fastdit.optim import Optimizer
-from fastdit.quality import evaluation
 from fastdit.quality.scores import Judge
 from fastdit.recipes import RECIPES
 from fastdit.runtime import ranks, rng
 from fastdit.runtime.files import write_text
 from fastdit.runtime.validation import validate
-from fastdit.weights import start
 
 KEPT = 8  # one look in so many is kept for the scores
 ROOT = Path(__file__).parent
@@ -100,15 +95,11 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     """Train on the split and score: the figures, and images a second."""
     world = ranks.init(config.parallel)
     split = Split(options.cats, config.data.image_size[0], options.seed)
-    model = start.build(config, world)
-    optimizer = Optimizer(model, config.train, config.train.batch, kernel=on_kernels(config, world.device))
-    objective = choose_objective(config, world.device)
-    judge, began, losses = split.judge(options.num), time.perf_counter(), []
-    for seen in range(0, config.train.images - config.train.batch + 1, config.train.batch):
-        losses.append(train.step(model, objective, optimizer, split, config, world, seen)[0])  # type: ignore[arg-type]
+    run, judge = Training(config, world, split), split.judge(options.num)
+    began = time.perf_counter()
+    losses = [run.train(seen) for seen in range(0, config.train.images - config.train.batch + 1, config.train.batch)]
     pace = len(losses) * config.train.batch / (time.perf_counter() - began)
-    with optimizer.ema.applied(model):
-        made: Tensor = evaluation.make_pictures(model, config, None, world, judge.num)
+    made = run.pictures(judge.num)
     about = {"commit": commit(), "torch": torch.__version__, "device": device_name(world.device), "img_per_s": round(pace, 1)}
     ranks.shutdown()
     return {
@@ -128,7 +119,8 @@ def sweep(options: Options) -> None:
     path = Path(options.results) / f"sweep-{slug(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}.json"
     key = {"row": name, "seed": options.seed, "images": options.images, "num": options.num}
     found = measure(config, options)
-    kept = [e for e in read(path) if {k: e.get(k) for k in key} != key]  # read last: others may run beside this one
+    # Read only now: another run may have written its own while this one trained.
+    kept = [e for e in read(path) if {k: e.get(k) for k in key} != key]
     kept.append({**key, "settings": words, "points": found})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(kept, indent=1) + "\n")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastdit.posthoc import LENGTHS, averaged_images, exponent
+from fastdit.runtime.guarded import towards
 from fastdit.runtime.sharding import local, named_shards, refresh
 
 
@@ -36,22 +37,7 @@ class EMA:
         weights = [p.float() for e, p in pairs if e.numel()]
         if not averages:  # more ranks than rows
             return
-        # e ← e - weight · (e - p): SGD with gradient -p and weight decay 1. Of the fused kernels that move one list of tensors
-        # towards another in one pass, this is the one that takes found_inf. A lerp by a weight of 0 takes as long (30 M numbers
-        # on two cores: 21 ms both), is a launch for each tensor on a GPU, and makes 0 of -0.
-        torch._fused_sgd_(
-            averages,
-            weights,
-            [],
-            weight_decay=1.0,
-            momentum=0.0,
-            lr=weight,
-            dampening=0.0,
-            nesterov=False,
-            maximize=True,
-            is_first_step=False,
-            found_inf=found_inf,
-        )
+        towards(averages, weights, weight, found_inf)
 
     def saved(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the average, sharing memory."""

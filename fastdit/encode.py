@@ -30,7 +30,6 @@ from fastdit import pictures, sampling
 from fastdit.config import Config, UserError, plain
 from fastdit.data import encoding, images, vae
 from fastdit.data import pack as packs
-from fastdit.data.normaliser import Normaliser
 from fastdit.runtime import ranks
 from fastdit.runtime.ranks import World
 
@@ -78,8 +77,7 @@ def round_trip(config: Config, manifest: packs.Manifest, world: World, picture: 
     source = images.open_images(config.data)
     good = (example.image for example in source.read(0, source.length) if example.image is not None)
     seen = torch.from_numpy(np.stack(list(itertools.islice(good, most)))).permute(0, 3, 1, 2)
-    normaliser = manifest.normaliser
-    autoencoder = vae.load(config.data, world.device, Normaliser.from_dict(normaliser) if normaliser else None)
+    autoencoder = vae.load(config.data, world.device, manifest.units)
     mean, _ = autoencoder.moments(packs.normalise(seen.to(world.device))).bfloat16().float().chunk(2, dim=1)
     back = sampling.to_uint8(autoencoder.decode(autoencoder.scaled(mean)))
     pictures.save_png(make_grid(torch.cat([seen, back]), nrow=len(seen), padding=2, pad_value=255), picture)

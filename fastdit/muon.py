@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from fastdit.runtime.guarded import descend, towards
 from fastdit.runtime.sharding import local
 
 MOMENTUM = 0.95
@@ -105,11 +106,11 @@ class Muon:
         self.parts = spread([(name, p.shape[0], p.shape[1]) for name, p in named.items()], ranks)
         self.sent = sorted(self.parts, key=lambda part: part.owner)
         self.mine = [part for part in self.sent if part.owner == self.rank]
-        self.heights = [p.shape[0] for p in named.values()]
+        self.rows = [-(-p.shape[0] // ranks) for p in named.values()]  # of each parameter that a rank holds, but for the last
 
     def held(self, part: Part, rank: int) -> tuple[int, int]:
         """The first row of a part that a rank's shard holds, counted from the part's own first, and how many."""
-        each = -(-self.heights[part.parameter] // len(self.ranks))
+        each = self.rows[part.parameter]
         first, end = max(rank * each, part.first), min((rank + 1) * each, part.first + part.rows)
         return first - part.first, max(0, end - first)
 
@@ -122,20 +123,20 @@ class Muon:
         full = [n for n, w in enumerate(weights) if w.numel()]
         if full:  # a rank may hold no row of any
             scaled = list(torch._foreach_div([moved[n] for n in full], grad_scale))
-            _sgd(momenta, scaled, 1 - MOMENTUM, 1.0, found_inf, maximize=True)  # m ← m + (1 - MOMENTUM) · (g - m)
+            towards(momenta, scaled, 1 - MOMENTUM, found_inf)
             torch._foreach_lerp_(scaled, momenta, MOMENTUM)  # Nesterov's: this gradient counts once more
             for n, update in zip(full, scaled, strict=True):
                 moved[n] = update
         moved = self._orthogonal(moved)
         if full:
-            _sgd([weights[n] for n in full], [moved[n] for n in full], lr, self.weight_decay, found_inf)
+            descend([weights[n] for n in full], [moved[n] for n in full], lr, self.weight_decay, found_inf)
 
     def _orthogonal(self, moved: list[Tensor]) -> list[Tensor]:
         """The updates of this rank's shards, out of their momentum: to the owners of the matrices, and back."""
         out = []
         for part in self.sent:
             row, rows = self.held(part, self.rank)
-            start = part.first + row - self._start(part)
+            start = part.first + row - self.rank * self.rows[part.parameter]
             out.append(moved[part.parameter][start : start + rows].to(self.dtype) if rows else None)
         to = [sum(self._size(p, self.rank) for p in self.sent if p.owner == rank) for rank in self.ranks]
         came = [sum(self._size(p, rank) for p in self.mine) for rank in self.ranks]
@@ -159,10 +160,6 @@ class Muon:
             found[part.parameter].append(by_part[part])
         return [torch.cat(rows).view_as(m).float() for rows, m in zip(found, moved, strict=True)]
 
-    def _start(self, part: Part) -> int:
-        """The first row of the parameter that this rank holds."""
-        return self.rank * -(-self.heights[part.parameter] // len(self.ranks))
-
     def _size(self, part: Part, rank: int) -> int:
         return self.held(part, rank)[1] * part.columns
 
@@ -174,13 +171,3 @@ class Muon:
         got = torch.empty(sum(came), dtype=self.dtype, device=device)
         dist.all_to_all_single(got, flat, came, to, group=self.group)
         return got
-
-
-def _sgd(
-    params: list[Tensor], grads: list[Tensor], lr: float | Tensor, decay: float, found_inf: Tensor, maximize: bool = False
-) -> None:
-    """p ← p - lr · (g + decay · p), or with -g: by the fused kernel that changes nothing where found_inf is 1."""
-    torch._fused_sgd_(
-        params, grads, [], weight_decay=decay, momentum=0.0, lr=lr, dampening=0.0, nesterov=False,
-        maximize=maximize, is_first_step=False, found_inf=found_inf,
-    )  # fmt: skip

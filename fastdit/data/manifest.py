@@ -65,6 +65,11 @@ class Manifest:
         return (self.shape[1] // 2, *self.shape[2:]) if self.vae else tuple(self.shape)
 
     @property
+    def units(self) -> Normaliser | None:
+        """What brings its arrays to physical units, or its latents to the VAE's; None for pixels, and latents of one scale."""
+        return None if self.normaliser is None else Normaliser.from_dict(self.normaliser)
+
+    @property
     def fits(self) -> tuple[tuple[int, ...], int, int, str, Literal["scalar", "channel"]]:
         """What `validation.fit` wants to know."""
         kind = self.normaliser["kind"] if self.normaliser else ""
@@ -78,10 +83,9 @@ class Manifest:
 
 def scaling(m: Manifest, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
     """Scale and shift of latents: z = (latent - shift)·scale. Numbers, or fp32 [C, 1, 1] where each channel has its own."""
-    if m.normaliser is None:
+    if m.units is None:
         return m.scale, m.shift
-    x = Normaliser.from_dict(m.normaliser).x
-    mean, deviation = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in x)
+    mean, deviation = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in m.units.x)
     return (1 / deviation).float().to(device), mean.float().to(device)
 
 
@@ -141,8 +145,8 @@ def _check_arrays(m: Manifest, need: Callable[[bool, str], None]) -> None:
     need(0 <= m.condition <= (WIDEST if m.arrays else 0), "condition")
     need(m.arrays or not m.lengths, "lengths")
     need((m.normaliser is not None) == m.arrays or bool(m.vae), "normaliser")
-    if m.arrays and m.normaliser is not None:
-        _, x, condition = Normaliser.from_dict(m.normaliser)
+    if m.arrays and m.units is not None:
+        _, x, condition = m.units
         need(len(x.scale) == m.shape[0] and len(condition.scale if condition else ()) == m.condition, "normaliser")
     beside = bool(re.fullmatch("[0-9a-f]{64}", m.beside_sha256))
     need(beside if m.condition or m.lengths else not m.beside_sha256, "beside_sha256")
@@ -152,8 +156,8 @@ def _check_latents(m: Manifest, need: Callable[[bool, str], None]) -> None:
     for name, values in (("latents_mean", m.latents_mean), ("latents_std", m.latents_std)):
         need(len(values) in ((0, m.shape[1] // 2) if m.vae else (0,)), name)
         need(all(type(x) is float and math.isfinite(x) for x in values), name)
-    if m.vae and m.normaliser is not None:
-        kind, x, condition = Normaliser.from_dict(m.normaliser)
+    if m.vae and m.units is not None:
+        kind, x, condition = m.units
         need((kind, len(x.scale), condition) == ("mean_std", m.shape[1] // 2, None), "normaliser")
 
 

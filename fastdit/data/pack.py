@@ -169,8 +169,8 @@ class Pack:
 
     @property
     def normaliser(self) -> Normaliser | None:
-        """What brings its arrays to physical units, or its latents to the VAE's; None for pixels, and latents of one scale."""
-        return Normaliser.from_dict(found) if (found := self.manifest.normaliser) else None
+        """As Manifest.units has it."""
+        return self.manifest.units
 
     def describe(self, folder: Path) -> None:
         """Keep in a run's folder what whoever loads its weights wants to know: the classes' names and the normaliser."""
