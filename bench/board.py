@@ -12,8 +12,6 @@ are made anew from all rows there are. Figures are not comparable with a publish
 import contextlib
 import dataclasses
 import json
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -21,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import machine
 import torch
 import tyro
 from board_page import FIGURES, curves, table
@@ -35,7 +34,7 @@ from fastdit.quality.scores import Judge
 from fastdit.recipes import run_name
 from fastdit.runtime import ranks
 from fastdit.runtime.files import write_text
-from fastdit.runtime.hardware import Energy, has_bf16
+from fastdit.runtime.hardware import Energy
 from fastdit.runtime.ranks import World
 from fastdit.runtime.validation import fit
 
@@ -130,7 +129,7 @@ def board(options: Options, rows: Mapping[str, Row] = ROWS) -> None:
     rows = on_data(rows, options, world)
     first = next(iter(rows.values())).config
     stem = f"board-{run_name(options.data)}" if options.data else "board"
-    path = Path(options.results) / f"{stem}-{slug(world.device)}.json"
+    path = Path(options.results) / f"{stem}-{machine.slug()}.json"
     kept = read(path)
     missing = [
         (name, seed, row._replace(config=configs.replace(row.config, run={"seed": seed})))
@@ -146,7 +145,7 @@ def board(options: Options, rows: Mapping[str, Row] = ROWS) -> None:
             with contextlib.closing(encoding.open_pack(row.config, world)) as pack:
                 points = measure(row, options, world, pack, judge)
             floor = {k: getattr(judge.floor, k) for k in FIGURES}
-            about = {"commit": commit(), "torch": torch.__version__, "device": device_name(world.device)}
+            about = {"commit": machine.commit(), "torch": torch.__version__, "device": machine.device()}
             entry = {**key(name, seed, row, options), "about": row.about, **about, "floor": floor, "points": points}
             kept = [old for old in kept if (old["row"], old["seed"]) != (name, seed)] + [entry]
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,20 +194,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a board ({configs.plain(error, 100)}); move it away to start anew") from None
     return entries
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def slug(device: torch.device) -> str:
-    """The kind of device as a file's name has it."""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU" if has_bf16(device) else "CPU fp32"
-    return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

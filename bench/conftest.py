@@ -28,14 +28,16 @@ from fastdit.runtime.ranks import World
 
 
 def _module(stem: str) -> ModuleType:
-    """A module of this folder, which is no package: its files cannot import each other."""
+    """A module of this folder, which is no package and not on the path."""
     name = f"fastdit_bench_{stem}"
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{stem}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:  # what it imports lies beside it
+        patch.syspath_prepend(Path(__file__).parent)
+        spec.loader.exec_module(module)
     return module
 
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
-from board import commit, device_name, read, slug
+from board import read
 from board_rows import Training
 from torch import Tensor
 
@@ -95,7 +96,7 @@ def few_steps(options: Options) -> None:
         raise UserError("--images and --seeds must be positive, --num at least 16 and --share a share")
     first = recipe(options, 0.0, options.images, 0)
     world = ranks.init(first.parallel)
-    path = Path(options.results) / f"few-steps-{slug(world.device)}.json"
+    path = Path(options.results) / f"few-steps-{machine.slug()}.json"
     asked = {"asked_images": options.images, "share": options.share, "num": options.num}
     kept = [e for e in read(path) if {k: e.get(k) for k in asked} == asked]
     pace = kept[0]["seconds_per_step"] if kept else seconds_per_step(options, world)
@@ -110,7 +111,7 @@ def few_steps(options: Options) -> None:
             print(f"{name}, seed {seed}: {images[name]:,} images", flush=True)
             found, shown = measure(recipe(options, share, images[name], seed), world, judge)
             rows += shown
-            about: dict[str, Any] = {"commit": commit(), "torch": torch.__version__, "device": device_name(world.device)}
+            about: dict[str, Any] = {"commit": machine.commit(), "torch": torch.__version__, "device": machine.device()}
             about |= {"floor": judge.floor._asdict(), "seconds_per_step": pace}
             kept.append({"row": name, "seed": seed, **asked, **about, "points": found})
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,16 @@
 """What a session of benches found: a table on the terminal, and one JSON file for each bench and kind of device."""
 
-import functools
 import json
-import re
-import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import machine
 import torch
 import triton
 
 from fastdit.runtime.files import write_text
-from fastdit.runtime.hardware import has_bf16
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -55,7 +52,7 @@ def show(session: Session, write: Callable[[str], None]) -> None:
     counted = [row for row in session.rows if row.microseconds is None]
     if session.ceilings is not None:
         copy, matmul = session.ceilings.copy / 1e9, session.ceilings.matmul / 1e12
-        write(f"\n{_name()}: copy {copy:.0f} GB/s, matrix product {matmul:.3g} TFLOP/s, measured in this run")
+        write(f"\n{machine.kind()}: copy {copy:.0f} GB/s, matrix product {matmul:.3g} TFLOP/s, measured in this run")
     if timed:
         write(
             f"{'op':36} {'implementation':28} {'shape':32} {'µs':>10} {'MB':>9} {'GB/s':>7} {'% copy':>6} {'TFLOP/s':>7}"
@@ -80,20 +77,18 @@ def show(session: Session, write: Callable[[str], None]) -> None:
 def save(session: Session) -> list[Path]:
     """Write the rows of each bench to its file in RESULTS, with the device, the versions and the commit."""
     RESULTS.mkdir(exist_ok=True)
-    fp32 = "" if torch.cuda.is_available() or has_bf16(torch.device("cpu")) else " fp32"  # of another kind: a file of its own
-    slug = re.sub(r"[^a-z0-9]+", "-", (_name() + fp32).lower()).strip("-")
     about: dict[str, Any] = {
-        "device": _name() if torch.cuda.is_available() else _processor(),
+        "device": machine.device(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
-        "commit": _commit(),
+        "commit": machine.commit(),
     }
     if session.ceilings is not None:
         about |= {"copy_gb_per_s": session.ceilings.copy / 1e9, "matmul_tflop_per_s": session.ceilings.matmul / 1e12}
     written = []
     for bench in dict.fromkeys(row.bench for row in session.rows):
-        path = RESULTS / f"{bench}-{slug}.json"
+        path = RESULTS / f"{bench}-{machine.slug()}.json"
         rows = [row._asdict() for row in session.rows if row.bench == bench]
         rows = merged(path, rows)
         write_text(path, json.dumps({**about, "rows": rows}, indent=1) + "\n")
@@ -120,32 +115,6 @@ def skipped(reports: Iterable[Any]) -> list[str]:
         key = report.nodeid.partition("[")[0], report.longrepr[2].removeprefix("Skipped: ")
         counts[key] = counts.get(key, 0) + 1
     return [f"skipped {name}{f', {times} cases' if times > 1 else ''}: {why}" for (name, why), times in counts.items()]
-
-
-def _name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-
-
-def _processor() -> str:
-    """The CPU by name, the instructions and the threads PyTorch uses of it."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    instructions = torch.backends.cpu.get_cpu_capability()
-    return f"CPU, {names[0] if names else 'unknown'}, {instructions}, {torch.get_num_threads()} threads"
-
-
-@functools.cache
-def _commit() -> str:
-    """What is measured; a copy of the files without their repository does not know."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
-        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _form(number: float | None, form: str) -> str:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import machine
 import torch
 import tyro
-from board import commit, device_name, read, slug
+from board import read
 from board_rows import Training
 
 from fastdit import command
@@ -100,7 +101,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     losses = [run.train(seen) for seen in range(0, config.train.images - config.train.batch + 1, config.train.batch)]
     pace = len(losses) * config.train.batch / (time.perf_counter() - began)
     made = run.pictures(judge.num)
-    about = {"commit": commit(), "torch": torch.__version__, "device": device_name(world.device), "img_per_s": round(pace, 1)}
+    about = {"commit": machine.commit(), "torch": torch.__version__, "device": machine.device(), "img_per_s": round(pace, 1)}
     ranks.shutdown()
     return {
         **about,
@@ -116,7 +117,7 @@ def sweep(options: Options) -> None:
         raise UserError("the run needs a name, before its settings")
     name, *words = options.run
     config = settings(words, options)
-    path = Path(options.results) / f"sweep-{slug(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}.json"
+    path = Path(options.results) / f"sweep-{machine.slug()}.json"
     key = {"row": name, "seed": options.seed, "images": options.images, "num": options.num}
     found = measure(config, options)
     # Read only now: another run may have written its own while this one trained.

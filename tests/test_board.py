@@ -186,9 +186,14 @@ def schedule_of(folder: Path) -> list[float]:
     with contextlib.closing(encoding.open_pack(row.config, world)) as pack:
         run = rows.Ours(row, world, pack, 100.0)
         rates = []
-        rows.train.step = lambda *args: rates.append(float(run.optimizer.rates(args[-1])[0]))
-        for step in range(0, 31):
-            run.step(32 * step, 3.2 * step)
+
+        def step(*args):
+            rates.append(float(run.optimizer.rates(args[-1])[0]))
+            return torch.zeros(()), torch.zeros(())
+
+        rows.train.step = step
+        for number in range(0, 31):
+            run.step(32 * number, 3.2 * number)
     ranks.shutdown()
     return rates
 

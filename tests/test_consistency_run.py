@@ -1,7 +1,6 @@
 """A run that begins to learn jumps on its way: killed and resumed, sharded, compiled, started from a plain one."""
 
-import json
-import os
+import importlib
 import re
 import signal
 import warnings
@@ -13,55 +12,27 @@ import torch
 from fastdit import config as C
 from fastdit import train
 from fastdit.config import Config
-from fastdit.optim import Optimizer
-from fastdit.recipes import RECIPES
 from fastdit.runtime.run import load_config
 from fastdit.runtime.tensors import load_weights
 
-STEPS, BATCH, SWITCH = 6, 16, 3
+with pytest.MonkeyPatch.context() as patch:  # a file beside this one, which is no package
+    patch.syspath_prepend(Path(__file__).parent)
+    whole_runs = importlib.import_module("whole_runs")
+    STEPS, BATCH, run, run_signalled = whole_runs.STEPS, whole_runs.BATCH, whole_runs.run, whole_runs.run_signalled
+    curve, weights = whole_runs.curve, whole_runs.weights
+
+SWITCH = 3
 
 
 def tiny(folder: Path, **groups) -> Config:
-    """Six steps, the last three with jumps; labels are dropped, and guidance is learnt too."""
-    config = C.replace(
-        RECIPES["cats"],
-        run={"name": "tiny", "folder": str(folder / "runs")},
-        data={"num_images": 200, "packs": str(folder / "packs")},
-        model={"patch": 8, "depth": 2, "width": 32, "num_heads": 2, "class_dropout": 0.2, "jumps": True},
+    """The last three steps have jumps; labels are dropped, and guidance is learnt too."""
+    config = whole_runs.tiny(
+        folder,
+        model={"class_dropout": 0.2, "jumps": True},
         diffusion={"consistency": 0.5, "model_guidance": 0.3},
-        sample={"num": 4, "steps": 2},
-        train={"images": STEPS * BATCH, "batch": BATCH, "warmup_images": 32, "ema": 0.5},
-        log={"print_every": BATCH, "sample_every": 3 * BATCH, "save_every": 2 * BATCH},
-        parallel={"threads": 1},
+        train={"ema": 0.5},
     )
     return C.replace(config, **groups)
-
-
-def run(config: Config) -> int:
-    return train.train(config)
-
-
-def run_killed(config: Config, after: int) -> int:
-    before, calls = Optimizer.step, [0]
-
-    def step(self, *args):
-        calls[0] += 1
-        if calls[0] == after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return before(self, *args)
-
-    Optimizer.step = step
-    return train.train(config)
-
-
-def curve(folder: Path) -> list[tuple]:
-    lines = (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
-    return [(line["images"], line["loss"], line["grad_norm"]) for line in map(json.loads, lines)]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    [path] = (folder / "runs" / "tiny" / "checkpoints").glob(f"*{STEPS * BATCH}/ema.safetensors")
-    return load_weights(path)[0]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +65,7 @@ def test_its_first_half_is_the_plain_runs_and_its_embedder_learns_in_the_second(
 
 @pytest.mark.parametrize("after", [SWITCH, SWITCH + 1, SWITCH + 2])
 def test_killed_round_the_switch_it_resumes_bit_for_bit(whole, run_ranks, tmp_path, after):
-    [end] = run_ranks.outcomes(1, run_killed, tiny(tmp_path), after, init=False)
+    [end] = run_ranks.outcomes(1, run_signalled, tiny(tmp_path), after, init=False)
     assert end.code == -signal.SIGKILL
     assert run_ranks(1, run, tiny(tmp_path), init=False) == [0]
     assert curve(tmp_path) == curve(whole)

@@ -1,6 +1,7 @@
 """The verbs together: train, kill, resume, spread over ranks, sample. Each run is a tiny one of the default recipe."""
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -22,7 +23,6 @@ from fastdit.config import Config, UserError
 from fastdit.data import encoding
 from fastdit.diffusion import choose_objective
 from fastdit.optim import Optimizer
-from fastdit.recipes import RECIPES
 from fastdit.runtime import ranks
 from fastdit.runtime.run import load_config
 from fastdit.runtime.sharding import main_param
@@ -31,54 +31,13 @@ from fastdit.sample import Options, sample
 from fastdit.weights import start
 
 ROOT = Path(__file__).parent.parent
-STEPS, BATCH = 6, 16
 
-
-def tiny(folder: Path, **groups) -> Config:
-    """Six steps of 16 images on a network of 30 thousand parameters; every step is printed, every second one saved."""
-    config = C.replace(
-        RECIPES["cats"],
-        run={"name": "tiny", "folder": str(folder / "runs")},
-        data={"num_images": 200, "packs": str(folder / "packs")},
-        model={"patch": 8, "depth": 2, "width": 32, "num_heads": 2},
-        sample={"num": 4, "steps": 2},
-        train={"images": STEPS * BATCH, "batch": BATCH, "warmup_images": 32},
-        log={"print_every": BATCH, "sample_every": 3 * BATCH, "save_every": 2 * BATCH},
-        parallel={"threads": 1},
-    )
-    return C.replace(config, **groups)
-
-
-def run(config: Config) -> int:
-    """One rank's whole run."""
-    return train.train(config)
-
-
-def run_killed(config: Config, after: int, number: int) -> int:
-    """A run that a signal reaches in its optimizer step number `after`, before anything of it is applied."""
-    before, calls = Optimizer.step, [0]
-
-    def step(self, *args):
-        calls[0] += 1
-        if calls[0] == after:
-            os.kill(os.getpid(), number)
-        return before(self, *args)
-
-    Optimizer.step = step
-    return train.train(config)
-
-
-def metrics(folder: Path, name: str = "tiny") -> list[dict]:
-    return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(folder: Path, name: str = "tiny") -> list[tuple]:
-    return [(line["images"], line["loss"], line["grad_norm"], line["lr"]) for line in metrics(folder, name)]
-
-
-def weights(folder: Path, images: int = STEPS * BATCH) -> dict[str, torch.Tensor]:
-    [path] = (folder / "runs" / "tiny" / "checkpoints").glob(f"*{images}/ema.safetensors")
-    return load_weights(path)[0]
+with pytest.MonkeyPatch.context() as patch:  # a file beside this one, which is no package
+    patch.syspath_prepend(Path(__file__).parent)
+    whole_runs = importlib.import_module("whole_runs")
+    STEPS, BATCH, tiny = whole_runs.STEPS, whole_runs.BATCH, whole_runs.tiny
+    run, run_signalled = whole_runs.run, whole_runs.run_signalled
+    metrics, curve, weights = whole_runs.metrics, whole_runs.curve, whole_runs.weights
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +102,7 @@ def test_running_it_again_changes_nothing(whole, run_ranks):
 
 @pytest.mark.parametrize("after", [1, 3, 4, 6])
 def test_a_killed_run_resumes_bit_for_bit(whole, run_ranks, tmp_path, after):
-    [end] = run_ranks.outcomes(1, run_killed, tiny(tmp_path), after, signal.SIGKILL, init=False)
+    [end] = run_ranks.outcomes(1, run_signalled, tiny(tmp_path), after, signal.SIGKILL, init=False)
     assert end.code == -signal.SIGKILL
     assert run_ranks(1, run, tiny(tmp_path), init=False) == [0]
     assert curve(tmp_path) == curve(whole)
@@ -163,7 +122,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(whole_fp32, run_ranks, tmp_pat
 
 
 def run_signalled_on_rank_1(config: Config, after: int, number: int) -> int:
-    return run_killed(config, after, number) if os.environ["RANK"] == "1" else run(config)
+    return run_signalled(config, after, number) if os.environ["RANK"] == "1" else run(config)
 
 
 @pytest.mark.parametrize(("world", "accum"), [(2, 1), (1, 2), (2, 2), (4, 1)])
@@ -198,7 +157,7 @@ def test_two_nodes_of_two_ranks_follow_one_rank_and_hand_over_to_it(whole_fp32, 
     """HSDP: weights sharded over 2 and replicated over 2. Stopped half-way, one rank goes on from what the four saved."""
     whole = {"precision": "fp32"}
     half = tiny(tmp_path, parallel=whole | {"shard": 2}, train={"batch": BATCH // 4 // accum, "grad_accum": accum})
-    stopped = run_ranks.outcomes(4, run_killed, half, 4, signal.SIGTERM, init=False)
+    stopped = run_ranks.outcomes(4, run_signalled, half, 4, signal.SIGTERM, init=False)
     assert [end.value for end in stopped] == [128 + signal.SIGTERM] * 4
     finished = tiny(tmp_path, parallel=whole)
     assert run_ranks(1, run, finished, init=False) == [0]
@@ -218,7 +177,7 @@ def test_two_ranks_in_bf16_follow_one_rank_to_bf16_rounding(whole, run_ranks, tm
 
 def test_a_run_goes_on_with_another_number_of_ranks(whole_fp32, run_ranks, tmp_path):
     config = tiny(tmp_path, parallel={"precision": "fp32"}, train={"batch": BATCH // 2})
-    for outcome in run_ranks.outcomes(2, run_killed, config, 4, signal.SIGKILL, init=False):
+    for outcome in run_ranks.outcomes(2, run_signalled, config, 4, signal.SIGKILL, init=False):
         assert outcome.code == -signal.SIGKILL
     assert run_ranks(1, run, C.replace(config, train={"batch": BATCH}), init=False) == [0]
     ours, theirs = (torch.tensor(curve(f), dtype=torch.float64) for f in (tmp_path, whole_fp32))

@@ -1,8 +1,8 @@
 """Sequences, clips, conditions and padding: the model, its losses, and whole runs that stop, resume, sample and export."""
 
 import dataclasses
+import importlib
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import fastdit
 from fastdit import config as C
-from fastdit import report, sample, train
+from fastdit import report, sample
 from fastdit.command import parse_run
 from fastdit.config import Config, DiffusionConfig, ModelConfig, UserError
 from fastdit.data.cats import Cats
@@ -27,7 +27,6 @@ from fastdit.export import Options as ExportOptions
 from fastdit.export import export
 from fastdit.given import Given, asked
 from fastdit.model import DiT
-from fastdit.optim import Optimizer
 from fastdit.planning.memory import num_parameters
 from fastdit.recipes import RECIPES
 from fastdit.runtime import saved, sharding
@@ -36,6 +35,10 @@ from fastdit.sampling import sample as draw_samples
 from fastdit.weights.folder import save_pretrained
 from fastdit.weights.layouts import named_shapes
 from fastdit.weights.start import start_from
+
+with pytest.MonkeyPatch.context() as patch:  # a file beside this one, which is no package
+    patch.syspath_prepend(Path(__file__).parent)
+    whole_runs = importlib.import_module("whole_runs")
 
 SEQUENCE = ModelConfig(
     input_size=(12,), channels=3, num_classes=4, condition=5, patch=1, depth=2, width=32, num_heads=2, conv_kernel=4
@@ -384,24 +387,6 @@ def settings(folder: Path, name: str, run: str, **groups: dict) -> Config:
     return C.replace(config, **groups)
 
 
-def run_whole(config: Config) -> int:
-    return train.train(config)
-
-
-def run_stopped(config: Config, after: int) -> int:
-    """A run that SIGTERM reaches in its optimizer step number `after`."""
-    before, calls = Optimizer.step, [0]
-
-    def step(self, *args):
-        calls[0] += 1
-        if calls[0] == after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return before(self, *args)
-
-    Optimizer.step = step
-    return train.train(config)
-
-
 def weights(run: Path) -> dict[str, torch.Tensor]:
     newest = saved.newest(run / "checkpoints")
     assert newest is not None
@@ -417,15 +402,15 @@ def finished(request, run_ranks, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp(request.param)
     (folder / request.param).mkdir()
     MADE[request.param](folder / request.param)
-    assert run_ranks(1, run_whole, settings(folder, request.param, "whole"), init=False) == [0]
+    assert run_ranks(1, whole_runs.run, settings(folder, request.param, "whole"), init=False) == [0]
     return folder, request.param
 
 
 def test_a_run_stopped_and_resumed_ends_at_the_same_bits(finished, run_ranks):
     folder, name = finished
     config = settings(folder, name, "stopped")
-    assert run_ranks(1, run_stopped, config, 3, init=False) == [128 + signal.SIGTERM]
-    assert run_ranks(1, run_whole, config, init=False) == [0]
+    assert run_ranks(1, whole_runs.run_signalled, config, 3, signal.SIGTERM, init=False) == [128 + signal.SIGTERM]
+    assert run_ranks(1, whole_runs.run, config, init=False) == [0]
     ours, truth = weights(folder / "runs" / "stopped"), weights(folder / "runs" / "whole")
     assert ours.keys() == truth.keys()
     assert all(torch.equal(ours[n], truth[n]) for n in truth)
@@ -500,7 +485,7 @@ def test_two_ranks_train_the_same(finished, run_ranks):
         pytest.skip("one kind of data shows it")
     config = settings(folder, name, "two", train={"batch": BATCH // 2}, model={"class_dropout": 0.2})
     one = C.replace(config, run={"name": "one"}, train={"batch": BATCH})
-    assert run_ranks(2, run_whole, config, init=False) == [0, 0]
-    assert run_ranks(1, run_whole, one, init=False) == [0]
+    assert run_ranks(2, whole_runs.run, config, init=False) == [0, 0]
+    assert run_ranks(1, whole_runs.run, one, init=False) == [0]
     lines = [losses(folder / "runs" / r) for r in ("two", "one")]
     assert lines[0] == pytest.approx(lines[1], rel=1e-4)

@@ -4,11 +4,16 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
+
 
 def load(stem: str):
-    spec = importlib.util.spec_from_file_location(f"{stem}_of_bench", Path(__file__).parents[1] / "bench" / f"{stem}.py")
+    bench = Path(__file__).parents[1] / "bench"
+    spec = importlib.util.spec_from_file_location(f"{stem}_of_bench", bench / f"{stem}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(bench)
+        spec.loader.exec_module(module)
     return module
 
 
@@ -27,7 +32,7 @@ def test_a_partial_run_keeps_the_rows_it_did_not_measure(tmp_path):
 def test_rows_are_on_disk_as_soon_as_their_bench_ends(tmp_path, monkeypatch):
     bench = load("conftest")
     monkeypatch.setattr(bench.summary, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench.summary, "_commit", lambda: "abc")
+    monkeypatch.setattr(bench.summary.machine, "commit", lambda: "abc")
     for number, baseline in enumerate(("ours", "theirs"), 1):
         bench.STASH.rows.append(bench.Row("bench_step", "step", baseline, "B/2", 1.0, 3))
         bench.pytest_runtest_teardown()
