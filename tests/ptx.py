@@ -9,12 +9,13 @@ Checked. Each is a Fault that names kernel, line, program and thread:
     out of bounds   an address that is no element of a tensor of the launch, or beyond the program's shared memory
     alignment       of each access to its whole width, a vector's too
     unwritten       a read of shared or global memory, or of a register, that nothing wrote
-    races           in shared memory between barriers; in global memory between programs, or threads with no barrier between
+    races           in shared memory between barriers; in global memory between threads with no barrier between, or between
+                    programs with no atomics that release and acquire between, nor barriers about these (ptx_order.py)
     mnemonics       one that neither ptx_ops.py nor `Machine.special` knows is refused by its name
 
 Not modelled: what ptxas makes of the PTX (it may join mul and add into an fma, which rounds once less); the order of warps,
-which go in step here, so races are looked for and not waited for; caches, time, register counts; atomics, asynchronous copies
-and matrix products, which no kernel of ours uses.
+which go in step here, so races are looked for and not waited for; caches, time, register counts; atomics other than
+additions to 32 bits, asynchronous copies and matrix products, which no kernel of ours uses.
 
 Sources: PTX ISA, "State Spaces, Types, and Variables", "Instruction Operands", "Control Flow Instructions", "Parallel
 Synchronization and Communication Instructions" (bar.sync, bar.warp.sync). Data movement: ptx_data.py. Arithmetic: ptx_ops.py.
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from ptx_code import Instruction, names, parse
-from ptx_data import load, matrix, shuffle, store
+from ptx_data import atomic, load, matrix, shuffle, store
 from ptx_memory import Fault, Global, Shared
 from ptx_ops import TYPES, approximations, exact
 from torch import Tensor
@@ -63,7 +64,7 @@ class Machine:
         self.ops = exact() | approximations(sign)
         self.special = {
             "ld": load, "st": store, "ldmatrix": matrix, "stmatrix": matrix, "shfl": shuffle,
-            "bar": barrier, "bra": branch, "ret": leave,
+            "atom": atomic, "bar": barrier, "bra": branch, "ret": leave,
         }  # fmt: skip
         self.executed: dict[str, int] = {}  # by mnemonic; once for all threads of a program
 
@@ -76,6 +77,7 @@ class Machine:
         common = {"%tid.x": thread, "%laneid": thread % np.uint32(32)}
         common |= {f"%nctaid.{axis}": np.array([[n]], np.uint32) for axis, n in zip("xyz", x.shape, strict=True)}
         steps = [self.decode(i) for i in self.kernel.code]
+        memory.begin(x.size)
         most = max(1, MAX_THREADS // self.kernel.threads)
         for start in range(0, x.size, most):
             index = np.arange(start, min(start + most, x.size))
@@ -183,6 +185,7 @@ def barrier(machine: Machine, i: Instruction, parts: list[str]) -> Step | None:
     def step(p: Programs) -> None:
         p.shared.threads.barrier()
         machine.memory.threads.barrier()  # of all programs: what these touch is held against others by `programs`
+        machine.memory.programs.clocks.barrier(p.index)
 
     return step
 

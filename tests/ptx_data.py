@@ -1,6 +1,7 @@
 """The PTX instructions that move data between registers, memory and threads, for the machine in ptx.py.
 
-Sources: PTX ISA, "Data Movement and Conversion Instructions": ld, st, shfl.sync; "Warp-level Matrix Load Instruction: ldmatrix"
+Sources: PTX ISA, "Data Movement and Conversion Instructions": ld, st, shfl.sync; "Parallel Synchronization and Communication
+Instructions": atom; "Warp-level Matrix Load Instruction: ldmatrix"
 and "Warp-level Matrix Store Instruction: stmatrix". Each function returns what executes the instruction, or None for a form of
 it that is not known.
 """
@@ -11,6 +12,7 @@ import numpy as np
 from ptx_code import names
 from ptx_memory import UNIT, Fault, refuse
 from ptx_ops import TYPES
+from ptx_order import ORDERS
 from torch import Tensor
 
 SPACES = {"global": "global", "shared": "shared", "shared::cta": "shared"}
@@ -96,6 +98,28 @@ def store(machine, i, parts):
         return None
     where, values = address(machine, i.operands[0], SPACES[space]), [machine.source(name, kind) for name in sources]
     return lambda p: write(machine, p, SPACES[space], guard(p), where(p), [value(p) for value in values])
+
+
+def atomic(machine, i, parts):
+    """atom.add of 32 bits, one thread after the other: in the order of programs, which is as good as any."""
+    target, operand, value = i.operands
+    if len(parts) != 5 or (parts[0], *parts[3:]) != ("global", "add", "u32") or parts[2] not in ORDERS:
+        return None
+    guard, where, add = machine.guard(i), address(machine, operand, "global"), machine.source(value, "u32")
+
+    def step(p):
+        rows, threads, places, added = lanes(machine, p, guard(p), where(p), add(p))
+        whole = np.zeros((len(p.index), machine.kernel.threads), np.uint32)
+        for row, thread, place, number in zip(rows, threads, places, added, strict=True):
+            at = np.array([place])
+
+            def count(row=row, thread=thread, place=place, number=number):
+                return machine.memory.count(int(p.index[row]), int(thread), int(place), int(number), parts[2], parts[1])
+
+            whole[row, thread] = checked(count, p, [row], [thread], at, 4)
+        machine.assign(p, i, target, whole)
+
+    return step
 
 
 def matrix(machine, i, parts):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from ptx_order import Clocks
 from torch import Tensor
 
 UNIT = 2  # bytes
@@ -29,14 +30,41 @@ def refuse(bad: np.ndarray, message: str) -> None:
 
 
 class Touched:
-    """Who read and who wrote each unit since the last barrier. Two touch one, one of them writes: a race."""
+    """Who read and who wrote each unit since the last barrier. Two touch one, one of them writes: a race.
+
+    clocks, of programs, which have no barrier: two may touch one if the second knows of the first's time.
+    """
 
     def __init__(self, shape: tuple[int, ...], who: str):
         self.reader, self.writer, self.who = np.full(shape, NOBODY), np.full(shape, NOBODY), who
+        self.clocks: Clocks | None = None
+        self.read_at, self.written_at = np.zeros(0, np.int32), np.zeros(0, np.int32)
+
+    def order(self, clocks: Clocks) -> None:
+        self.clocks = clocks
+        self.read_at, self.written_at = (np.zeros(self.reader.shape, np.int32) for _ in range(2))
+
+    def _apart(self, units: np.ndarray, agents: np.ndarray, others: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """Where `others` touched these units and nothing puts that before what `agents` do now."""
+        apart = (others != NOBODY) & (others != agents)
+        if self.clocks is None or not apart.any():
+            return apart
+        return apart & ~self.clocks.knows(np.broadcast_to(agents, units.shape), others, times[units])
+
+    def _between_atomics(self, units: np.ndarray, agents: np.ndarray) -> np.ndarray:
+        """Lanes that touch plainly what another program counted with, and do not know that it did."""
+        if self.clocks is None or not self.clocks.counted:
+            return np.zeros(len(units), bool)
+        missed = self.clocks.missed
+        return np.array([any(missed(int(a), u) for u in row) for a, row in zip(agents.ravel(), units.tolist(), strict=True)])
 
     def read(self, units: np.ndarray, agents: np.ndarray) -> None:
         writer, reader = self.writer.ravel()[units], self.reader.ravel()[units]
-        refuse((writer != NOBODY) & (writer != agents), f"race: reads what another {self.who} wrote with no barrier between")
+        apart = self._apart(units, agents, writer, self.written_at)
+        refuse(apart, f"race: reads what another {self.who} wrote with no barrier between")
+        refuse(self._between_atomics(units, agents), "race: reads what another program counts with")
+        if self.clocks is not None:
+            self.read_at[units] = self.clocks.time[agents]
         now = np.where((reader == NOBODY) | (reader == agents), agents, MANY)
         self.reader.ravel()[units] = now
         lost = self.reader.ravel()[units] != now  # several of this instruction's lanes read one unit
@@ -45,8 +73,13 @@ class Touched:
     def write(self, units: np.ndarray, agents: np.ndarray, twice: np.ndarray) -> None:
         """twice [lanes, units]: where a lane of this instruction writes another number to the same place."""
         writer, reader = self.writer.ravel()[units], self.reader.ravel()[units]
-        refuse((writer != NOBODY) & (writer != agents), f"race: writes what another {self.who} wrote, no barrier between")
-        refuse((reader != NOBODY) & (reader != agents), f"race: writes what another {self.who} reads, no barrier between")
+        apart = self._apart(units, agents, writer, self.written_at)
+        refuse(apart, f"race: writes what another {self.who} wrote, no barrier between")
+        apart = self._apart(units, agents, reader, self.read_at)
+        refuse(apart, f"race: writes what another {self.who} reads, no barrier between")
+        refuse(self._between_atomics(units, agents), "race: writes what another program counts with")
+        if self.clocks is not None:
+            self.written_at[units] = self.clocks.time[agents]
         self.writer.ravel()[units] = agents
         refuse(twice & (self.writer.ravel()[units] != agents), f"race: two {self.who}s write one address at once")
 
@@ -149,6 +182,24 @@ class Global:
         self.programs.write(units, programs[:, None], np.ones(units.shape, bool))
         self.threads.write(units, (programs * self.num_threads + threads)[:, None], self.values[units] != new)
         self.written[units] = True
+
+    def begin(self, count: int) -> None:
+        """Of a launch of so many programs."""
+        self.programs.order(Clocks(count))
+
+    def count(self, program: int, thread: int, address: int, add: int, order: str, scope: str) -> int:
+        """An atomic addition to 32 bits. Returns what stood there."""
+        units = self._units(np.array([address]), 4)
+        refuse(~self.written[units], "reads global memory that nothing wrote")
+        agent, clocks = np.array([[program]]), self.programs.clocks
+        assert clocks is not None
+        apart = self.programs._apart(units, agent, self.programs.writer[units], self.programs.written_at)
+        refuse(apart, "race: counts with what another program wrote")
+        for unit in units[0].tolist():
+            clocks.atomic(program, unit, order, scope)
+        before = self.values[units[0]].view(np.uint32)
+        self.values[units[0]] = (before + np.uint32(add)).view(np.uint16)
+        return int(before[0])
 
     def commit(self) -> None:
         for base, storage in zip(self.bases, self.storages, strict=False):

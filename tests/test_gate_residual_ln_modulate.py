@@ -113,13 +113,13 @@ def test_bytes(recording, device):
     x, y, gate, shift, scale = inputs((B, T, D), torch.bfloat16, torch.bfloat16, device).values()
     expected = module.traffic(B, T, D, 2, 2)
     with recording() as recorder:
-        r, m, mean, rstd = module.forward(x, y, gate, shift, scale, module.run)
+        r, m, *kept = module.forward(x, y, gate, shift, scale, module.run)
     splits, _ = forward_split(B, T, D)
     forward = recorder.traffic()
     assert forward.memory == expected["forward"]
     assert forward.programs == forward.memory + (splits - 1) * 3 * B * D * 2  # each program reads gate, shift and scale
     with recording() as recorder:
-        module.backward(x, m, r, y, gate, scale, mean, rstd, module.run)
+        module.backward(x, m, r, y, gate, scale, *kept, module.run)
     splits, _ = backward_split(B, T, D)
     backward = recorder.traffic()
     assert backward.memory == expected["backward"]
@@ -132,10 +132,10 @@ def test_bytes_with_a_bias(recording, device):
     x, y, gate, shift, scale, bias = inputs((B, T, D), torch.bfloat16, torch.bfloat16, device, bias=True).values()
     expected = module.traffic(B, T, D, 2, 2, bias=True)
     with recording() as recorder:
-        r, m, mean, rstd = module.forward(x, y, gate, shift, scale, module.run, bias)
+        r, m, *kept = module.forward(x, y, gate, shift, scale, module.run, bias)
     assert recorder.traffic().memory == expected["forward"]
     with recording() as recorder:
-        module.backward(x, m, r, y, gate, scale, mean, rstd, module.run, bias)
+        module.backward(x, m, r, y, gate, scale, *kept, module.run, bias)
     assert recorder.traffic().memory == expected["backward"]
     B, T = 32, 256
     without, with_bias = (module.traffic(B, T, D, 2, 2, bias)["backward"] for bias in (False, True))
@@ -161,7 +161,7 @@ def test_offsets_beyond_32_bits(last_program, device):
     end, g, a, s = (t[-1:].clone() for t in (x, gate, shift, scale))
 
     far, near = module.forward(x, x, gate, shift, scale, last_program), module.forward(end, end, g, a, s, module.run)
-    for of_all, of_end in zip(far, near, strict=True):
+    for of_all, of_end in zip(far[:4], near[:4], strict=True):
         assert torch.equal(of_all[-1:], of_end)
 
     far = module.backward(x, x, x, x, gate, scale, *far[2:], last_program)

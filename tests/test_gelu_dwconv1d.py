@@ -157,8 +157,7 @@ def test_an_expanded_gradient(device):
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at that of its own non-leaf copies
 def test_opcheck(device):
     given = inputs((2, 9, 24, 4), torch.float32, torch.float32, device)
-    taps = given["weight"].flatten(1).t().contiguous()
-    tensors = [given["h"], given["bias"], taps, given["conv_bias"]]
+    tensors = [given["h"], given["bias"], given["weight"], given["conv_bias"]]
     torch.library.opcheck(torch.ops.fastdit.gelu_dwconv1d.default, (*tensors, True))
     torch.library.opcheck(torch.ops.fastdit.gelu_dwconv1d.default, (*(t.clone().requires_grad_() for t in tensors), True))
 
@@ -179,10 +178,10 @@ def test_bytes(recording, device, shape):
     taps = weight.flatten(1).t().float().contiguous()
     stated = module.traffic(B, L, F, K, 2, 2)
     with recording() as recorder:
-        module.forward(h, bias, taps, conv_bias, True, module.run)
+        _, counters = module.forward(h, bias, taps, conv_bias, True, module.run)
     assert recorder.traffic().programs == stated["forward"]
     with recording() as recorder:
-        module.backward(h.clone(), h, bias, taps, module.run)
+        module.backward(h.clone(), h, bias, taps, counters, module.run)
     assert recorder.traffic().programs == stated["backward"]
 
 
@@ -220,13 +219,14 @@ def test_offsets_beyond_32_bits(last_program, device):
         if "p_h" in args:  # the partials' sum would meet those of programs that did not run
             last_program(kernel, *options, **args)
 
-    z = module.forward(h, bias, taps, conv_bias, True, launch)
-    dh, _ = module.backward(h, h, bias, taps, launch)
+    z, counters = module.forward(h, bias, taps, conv_bias, True, launch)
+    dh, _ = module.backward(h, h, bias, taps, counters, launch)
 
     sequence = h[-1:, :, last].contiguous()
     bias, conv_bias, taps = bias[last], conv_bias[last], taps[:, last].contiguous()
-    assert torch.equal(z[-1:, :, last], module.forward(sequence, bias, taps, conv_bias, True, module.run))
-    assert torch.equal(dh[-1:, :, last], module.backward(sequence, sequence, bias, taps, module.run)[0])
+    near, counters = module.forward(sequence, bias, taps, conv_bias, True, module.run)
+    assert torch.equal(z[-1:, :, last], near)
+    assert torch.equal(dh[-1:, :, last], module.backward(sequence, sequence, bias, taps, counters, module.run)[0])
 
 
 def good():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastdit_kernels import reference
+from fastdit_kernels import partials, reference
 from fastdit_kernels.adamw_ema import adamw_ema
 from fastdit_kernels.triton_ops import TRITON
 
@@ -121,6 +121,15 @@ def test_gradients_of_fp32_parameters_are_fp32(errors, compiled, ptx_table, op, 
 @pytest.mark.parametrize("parameter", [BF16, FP32])
 def test_the_bias_of_a_gated_residual(errors, compiled, ptx_table, parameter, arch):
     meets_its_bar(errors, compiled, ptx_table, OPS[1], (5, 33, 97), False, arch, BF16, parameter, bias=True)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("op", "shape"), [(OPS[1], (3, 33, 97)), (OPS[2], (2, 2, 16, 33, 3))])
+def test_partials_that_a_kernel_of_its_own_adds(errors, compiled, ptx_table, monkeypatch, op, shape, arch):
+    """Where they are too many for the last program; above, it adds them."""
+    monkeypatch.setattr(partials, "MOST", 0)
+    options = {"bias": True} if op == OPS[1] else {}
+    meets_its_bar(errors, compiled, ptx_table, op, shape, False, arch, BF16, BF16, **options)
 
 
 @pytest.mark.ptx

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastdit_kernels import partials
 from fastdit_kernels.adamw_ema import adamw_ema
 from fastdit_kernels.triton_ops import TRITON
 
@@ -16,6 +17,7 @@ with pytest.MonkeyPatch.context() as patch:  # files beside this one, which are 
     Fault = importlib.import_module("ptx_memory").Fault
     ptx_ops = importlib.import_module("ptx_ops")
     adamw, rows, grids = (importlib.import_module(f"test_{op}") for op in ("adamw_ema", "ln_modulate", "gelu_dwconv"))
+    gated = importlib.import_module("test_gate_residual_ln_modulate")
 
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
@@ -94,10 +96,74 @@ def test_a_promise_of_alignment_not_kept(compiled):
         adamw_ema(**given, **adamw.SETTINGS)
 
 
-def test_a_read_of_what_nothing_wrote(results, compiled):
+def test_a_read_of_what_nothing_wrote(results, compiled, monkeypatch):
+    monkeypatch.setattr(partials, "MOST", 0)
     compiled(80, skip=("ln_modulate_backward_kernel",))
     with pytest.raises(Fault, match=r"sum_partials_kernel .*reads global memory that nothing wrote"):
         ln_modulate(results, (2, 5, 97))
+
+
+ATOMIC = r"atom\.global\.gpu\.acq_rel\.add\.u32"
+
+
+@pytest.mark.parametrize("by", ["atom.global.gpu.relaxed.add.u32", "atom.global.cta.acq_rel.add.u32"])
+def test_a_count_that_orders_nothing(results, compiled, by):
+    """Not at all, or only among the threads of one program: the last one may see partials that are not there yet."""
+    compiled(80, edit=replaced("ln_modulate_backward_kernel", ATOMIC, by))
+    with pytest.raises(Fault, match=r"ln_modulate_backward_kernel .*race: "):
+        ln_modulate(results, (2, 33, 97))
+
+
+@pytest.mark.parametrize("half", ["acquire", "release"])
+def test_a_count_that_orders_half(results, compiled, half):
+    compiled(80, edit=replaced("ln_modulate_backward_kernel", ATOMIC, f"atom.global.gpu.{half}.add.u32"))
+    with pytest.raises(Fault, match=r"ln_modulate_backward_kernel .*race: "):
+        ln_modulate(results, (2, 33, 97))
+
+
+@pytest.mark.parametrize(("before", "kernel"), [(True, "ln_modulate"), (False, "ln_modulate"), (True, "gelu_dwconv")])
+def test_no_barrier_about_the_count(results, compiled, monkeypatch, before, kernel):
+    """One thread counts for all: the others' stores must come before, and their loads after."""
+
+    def edit(text):
+        if f".entry {kernel}_backward_kernel" not in text:
+            return text
+        start, count, end = re.split(rf"^(.*{ATOMIC}.*)$", text, flags=re.MULTILINE)
+        barriers = re.compile(r"^\s*bar\.sync.*$", re.MULTILINE)
+        if before:
+            last = list(barriers.finditer(start))[-1]
+            start = start[: last.start()] + start[last.end() :]
+        else:  # Triton's own, by which all have the number, and the one written behind it
+            end = barriers.sub("", end, count=2)
+        return start + count + end
+
+    monkeypatch.setattr(grids.module, "BACKWARD_TOKENS", 1)
+    compiled(80, edit=edit)
+    with pytest.raises(Fault, match=f"{kernel}_backward_kernel .*race: "):
+        ln_modulate(results, (2, 33, 97)) if kernel == "ln_modulate" else gelu_dwconv(results, (2, 2, 16, 33, 3))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_counter_that_is_not_put_back(compiled, number):
+    """The sums of a second backward are then left unwritten: of samples by the first counter, of the bias by the second."""
+
+    def edit(text):
+        if ".entry gate_residual_ln_modulate_backward_kernel" not in text:
+            return text
+        counters = re.findall(ATOMIC + r" %r\d+, \[ (%rd\d+)", text)
+        assert len(counters) == 2
+        [reset] = re.finditer(rf"^\s*@%p\d+ st\.global\.b32 \[ {counters[number]} .*$", text, re.MULTILINE)
+        return text[: reset.start()] + text[reset.end() :]
+
+    given = gated.inputs((2, 33, 97), BF16, BF16, CPU, bias=True)
+    leaves = [t.detach().requires_grad_() for t in given.values()]
+    for planted in (False, True):
+        compiled(80, edit=edit if planted else None)
+        r, m = TRITON.gate_residual_ln_modulate(*leaves)
+        loss = (r + m).float().sum()
+        first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) != planted
+        assert any(t.isnan().any() for t in second) == planted
 
 
 def test_two_programs_write_one_address(results, compiled):

@@ -30,7 +30,6 @@ from triton.compiler import ASTSource
 from fastdit_kernels import sass
 from fastdit_kernels.aot_cases import SAMPLES, TOKENS, Case, cases
 from fastdit_kernels.launch import Launch
-from fastdit_kernels.partials import UNROLL, sum_partials_kernel
 
 
 class Device(NamedTuple):
@@ -102,7 +101,7 @@ def source(launch: Recorded) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def compile_launch(launch: Recorded, arch: int, trips: Sequence[int] = ()) -> sass.Compiled:
+def compile_launch(launch: Recorded, arch: int, trips: Sequence[float] = ()) -> sass.Compiled:
     """Compile one recorded launch for sm_<arch>, with no GPU, and read the result."""
     options = {"num_warps": launch.num_warps, "maxnreg": launch.max_registers, "enable_fp_fusion": True}
     compiled = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=options)
@@ -120,10 +119,7 @@ def kernels_of(case: Case, arch: int) -> list[tuple[Recorded, sass.Compiled]]:
     """Each launch of a case, and what the compiler made of it for sm_<arch>."""
     found = []
     for launch in record(case.build):
-        trips = case.trips.get(launch.kernel.__name__, ())
-        if launch.kernel is sum_partials_kernel:
-            trips = (triton.cdiv(launch.args["S"], UNROLL),)
-        found.append((launch, compile_launch(launch, arch, trips)))
+        found.append((launch, compile_launch(launch, arch, case.trips.get(launch.kernel.__name__, ()))))
     return found
 
 

@@ -16,10 +16,10 @@ Backward mirrors it about the centre token: each dz within its reach serves twic
     dweight[i, j] = Σ_yx GELU(h + bias)[y, x]·dz[y + before - i, x + before - j]          dbias = Σ dh, dconv_bias = Σ dz
 
 all in one pass. The rows of dz come K times, out of L1 but for the first. The sums leave as one fp32 partial per program, which
-`partials.py` adds without atomics.
+the last program of a block of channels adds in their order (`partials.py`), and writes as the parameters have them.
 
-The weight is repacked from nn.Conv2d's [F, 1, K, K] to fp32 [K², F], outside the op, where a compiler and autograd see it: one
-kernel and 0.2 MB a call for F = 3072. A tap of 8 channels is then two 128-bit loads; in place it would be 8 scalar ones.
+The weight is repacked from nn.Conv2d's [F, 1, K, K] to fp32 [K², F]: one kernel and 0.2 MB a call for F = 3072. A tap of 8
+channels is then two 128-bit loads; in place it would be 8 scalar ones.
 """
 
 import math
@@ -31,16 +31,14 @@ from torch import Tensor
 
 from fastdit_kernels import gelu_dwconv1d
 from fastdit_kernels.checks import STREAM_DTYPES, require, require_stream
+from fastdit_kernels.depthwise import BLOCK, MAX_PROGRAMS, backward_outputs, forward_outputs, gradients, repack
 from fastdit_kernels.gelu_dwconv_kernels import gelu_dwconv_backward_kernel, gelu_dwconv_forward_kernel
 from fastdit_kernels.launch import Launch, architecture, run
-from fastdit_kernels.partials import sum_partials
+from fastdit_kernels.partials import by_the_last_program, sum_partials
 
 __all__ = ["gelu_dwconv"]
 
 OP = "gelu_dwconv"
-
-BLOCK = 64  # channels of a program: a 128-byte line of bf16
-MAX_PROGRAMS = 256  # for each block of channels: as many partial sums are added at the end
 
 
 class Tile(NamedTuple):
@@ -85,6 +83,8 @@ FORWARD_TILES = {3: Tile(4, 4, 1), 4: Tile(2, 8, 2), 5: Tile(2, 8, 2)}
 BACKWARD_TILES = {3: Tile(2, 8, 2), 4: Tile(4, 4, 2), 5: Tile(4, 4, 4)}
 # By (K, architecture): these need more registers.
 BACKWARD_TILES_OF = {(3, 120): Tile(4, 4, 2), (4, 100): Tile(4, 4, 4), (4, 120): Tile(4, 4, 4)}
+# These have no register left for adding the partials at the end, and would spill: a kernel of its own does it there.
+ADDED_APART = {(3, 86), (3, 89)}
 
 # Tokens of a program for each tap: what every program reads and writes besides, taps and sums, grows with K².
 FORWARD_TOKENS, BACKWARD_TOKENS = 32, 64
@@ -102,46 +102,48 @@ def backward_split(B: int, height: int, width: int, K: int, arch: int) -> Split:
     return split(B, height, width, backward_tile(K, arch), BACKWARD_TOKENS * K * K)
 
 
+def adds_partials(programs: int, K: int, arch: int) -> bool:
+    """Whether the backward's last program adds what so many programs of each block of channels leave."""
+    return (K, arch) not in ADDED_APART and by_the_last_program(programs, (K * K + 2) * BLOCK)
+
+
 def forward(
     h: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor, height: int, width: int, exact: bool, launch: Launch
-) -> Tensor:
-    """z like h; taps [K², F] in fp32."""
+) -> tuple[Tensor, Tensor]:
+    """(z, counters), as `forward_outputs` has them; taps as `repack` makes them."""
     (B, _, F), K = h.shape, math.isqrt(taps.shape[0])
-    z = torch.empty_like(h)
+    z, counters = forward_outputs(h)
     if z.numel():
         tile = FORWARD_TILES[K]
         strips, programs, steps = forward_split(B, height, width, K)
         launch(
             gelu_dwconv_forward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_h=h, p_bias=bias, p_taps=taps,
-            p_conv_bias=conv_bias, p_z=z, num_strips=strips, steps=steps, H=height, W=width, F=F, K=K, STRIPS=tile.strips,
-            COLS=tile.columns, BLOCK=BLOCK,
+            p_conv_bias=conv_bias, p_z=z, p_counters=counters, num_strips=strips, steps=steps, H=height, W=width, F=F, K=K,
+            STRIPS=tile.strips, COLS=tile.columns, BLOCK=BLOCK,
             EXACT=exact or h.dtype != torch.bfloat16 or triton.knobs.runtime.interpret,
         )  # fmt: skip
-    return z
-
-
-def backward_outputs(h: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
-    """(dh, sums), not yet computed: dh like h; sums [K² + 2, F] in fp32 are dtaps, dbias and dconv_bias."""
-    return torch.empty_like(h), taps.new_empty(taps.shape[0] + 2, taps.shape[1])
+    return z, counters
 
 
 def backward(
-    dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int, launch: Launch, arch: int = 80
+    dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int, counters: Tensor, launch: Launch, arch: int = 80
 ) -> tuple[Tensor, Tensor]:
-    """(dh, sums), as `backward_outputs` has them, by the tile of this architecture."""
+    """(dh, sums), as `backward_outputs` has them, by the tile of this architecture. counters are 0, and 0 again afterwards."""
     (B, _, F), K = h.shape, math.isqrt(taps.shape[0])
-    dh, sums = backward_outputs(h, taps)
+    dh, sums = backward_outputs(h, bias, taps)
     if not h.numel():
         return dh, sums.zero_()
     tile = backward_tile(K, arch)
     strips, programs, steps = backward_split(B, height, width, K, arch)
     partials = taps.new_empty(1, programs, (K * K + 2) * F)
+    here = adds_partials(programs, K, arch)
     launch(
         gelu_dwconv_backward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_dz=dz, p_h=h, p_bias=bias,
-        p_taps=taps, p_dh=dh, p_partials=partials, num_strips=strips, steps=steps, H=height, W=width, F=F, K=K,
-        STRIPS=tile.strips, COLS=tile.columns, BLOCK=BLOCK,
+        p_taps=taps, p_dh=dh, p_partials=partials, p_counters=counters if here else None, p_sums=sums, num_strips=strips,
+        steps=steps, H=height, W=width, F=F, K=K, STRIPS=tile.strips, COLS=tile.columns, BLOCK=BLOCK,
     )  # fmt: skip
-    sum_partials(partials, sums[None], launch)
+    if not here:
+        sum_partials(partials, sums[None], launch, taps=K * K)
     return dh, sums
 
 
@@ -149,51 +151,61 @@ def traffic(B: int, height: int, width: int, F: int, K: int, stream: int, parame
     """Bytes each direction touches: each program's distinct addresses, summed. `stream` and `parameter` are bytes per element.
 
     The floor of 2 and 3 streams; columns that neighbouring programs both read; taps and biases, once a program; the fp32
-    partials, written and read, and their sum.
+    partials, written and read, and their sum, as the parameters are; counters, written forward and once more backward.
     """
     column = height * F * stream
     before, after = (K - 1) // 2, K // 2
     ahead, back = forward_split(B, height, width, K), backward_split(B, height, width, K, arch)
     h_read = columns_read(ahead, width, FORWARD_TILES[K], before, after)
     dz_read = columns_read(back, width, backward_tile(K, arch), after, before)
-    sums = (K * K + 2) * F * 4
+    sums, counters = (K * K + 2) * F, 4 * triton.cdiv(F, BLOCK)
+    each = F * (4 * K * K + parameter) + 8 * sums
+    counted = counters * adds_partials(back.programs, K, arch)
     return {
-        "forward": (B * width + h_read) * column + ahead.programs * F * (4 * K * K + 2 * parameter),
-        "backward": (2 * B * width + dz_read) * column + back.programs * (F * (4 * K * K + parameter) + 2 * sums) + sums,
+        "forward": (B * width + h_read) * column + ahead.programs * F * (4 * K * K + 2 * parameter) + counters,
+        "backward": (2 * B * width + dz_read) * column + back.programs * each + parameter * sums + counted,
     }
+
+
+Forward = tuple[Tensor, Tensor, Tensor]
 
 
 # custom_op for ln_modulate's reasons.
 @torch.library.custom_op("fastdit::gelu_dwconv", mutates_args=())
-def _op(h: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor, height: int, width: int, exact: bool) -> Tensor:
-    return forward(h, bias, taps, conv_bias, height, width, exact, run)
+def _op(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, height: int, width: int, exact: bool) -> Forward:
+    taps = repack(weight)
+    return *forward(h, bias, taps, conv_bias, height, width, exact, run), taps
 
 
 @_op.register_fake
-def _(h: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor, height: int, width: int, exact: bool) -> Tensor:
-    return torch.empty_like(h)
+def _(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, height: int, width: int, exact: bool) -> Forward:
+    return *forward_outputs(h), repack(weight)
 
 
 @torch.library.custom_op("fastdit::gelu_dwconv_backward", mutates_args=())
-def _backward_op(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    return backward(dz, h, bias, taps, height, width, run, architecture(h.device))
+def _backward_op(
+    dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int, counters: Tensor
+) -> tuple[Tensor, Tensor]:
+    return backward(dz, h, bias, taps, height, width, counters, run, architecture(h.device))
 
 
 @_backward_op.register_fake
-def _(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    return backward_outputs(h, taps)
+def _(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, height: int, width: int, counters: Tensor) -> tuple[Tensor, Tensor]:
+    return backward_outputs(h, bias, taps)
 
 
 def _save(ctx, inputs, output) -> None:
-    h, bias, taps, _, *ctx.grid, _ = inputs
-    ctx.save_for_backward(h, bias, taps)
+    (h, bias, weight, _, *ctx.grid, _), (_, counters, taps) = inputs, output
+    ctx.shape = weight.shape
+    ctx.save_for_backward(h, bias, taps, counters)
+    ctx.mark_non_differentiable(counters, taps)
 
 
-def _differentiate(ctx, dz: Tensor) -> tuple[Tensor | None, ...]:
-    h, bias, taps = ctx.saved_tensors
-    dh, sums = _backward_op(dz.contiguous(), h, bias, taps, *ctx.grid)
-    dtaps, (dbias, dconv_bias) = sums[:-2], sums[-2:].to(bias.dtype)
-    return dh, dbias, dtaps, dconv_bias, None, None, None
+def _differentiate(ctx, dz: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    h, bias, taps, counters = ctx.saved_tensors
+    dh, sums = _backward_op(dz.contiguous(), h, bias, taps, *ctx.grid, counters)
+    dweight, dbias, dconv_bias = gradients(sums, len(bias))
+    return dh, dbias, dweight.view(ctx.shape), dconv_bias, None, None, None
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -225,10 +237,8 @@ def gelu_dwconv(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, *gri
     require(OP, "bias", bias, "[F]", (F,), STREAM_DTYPES, h.device)
     require(OP, "weight", weight, dims, (F, 1, *(K,) * sides), (bias.dtype,), h.device)
     require(OP, "conv_bias", conv_bias, "[F]", (F,), (bias.dtype,), h.device)
-    # Transposed and cast by one kernel, which without `copy` would leave an fp32 weight where it is.
-    taps = weight.reshape(F, K**sides).t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if sides == 1:
-        return gelu_dwconv1d.gelu_dwconv1d(h, bias, taps, conv_bias, exact)
+        return gelu_dwconv1d.gelu_dwconv1d(h, bias, weight, conv_bias, exact)[0]
     height, width = grid[-2:]
     images = h.view(-1, height * width, F) if len(grid) == 3 else h  # each frame is one
-    return _op(images, bias, taps, conv_bias, height, width, exact).view(h.shape)
+    return _op(images, bias, weight, conv_bias, height, width, exact)[0].view(h.shape)

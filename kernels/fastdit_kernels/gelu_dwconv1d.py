@@ -12,8 +12,8 @@ Outside the sequence the activation is zero, not its input (GELU(0 + bias) ≠ 0
     du[t] = Σ_k weight[k]·dz[t + before - k]                       dh = du·GELU'(h + bias)
     dweight[k] = Σ_t GELU(h + bias)[t]·dz[t + before - k]          dbias = Σ dh, dconv_bias = Σ dz
 
-The backward is one pass. Its sums leave as one fp32 partial per program, which `partials.py` adds without atomics. The weight
-is repacked from nn.Conv1d's [F, 1, K] to fp32 [K, F] outside the op, for gelu_dwconv's reasons.
+The backward is one pass. Its sums leave as one fp32 partial per program, which the last program of a block of channels adds in
+their order (`partials.py`). The weight is repacked from nn.Conv1d's [F, 1, K] to fp32 [K, F], for gelu_dwconv's reasons.
 """
 
 from typing import NamedTuple
@@ -22,14 +22,13 @@ import torch
 import triton
 from torch import Tensor
 
+from fastdit_kernels.depthwise import BLOCK, MAX_PROGRAMS, backward_outputs, forward_outputs, gradients, repack
 from fastdit_kernels.gelu_dwconv1d_kernels import gelu_dwconv1d_backward_kernel, gelu_dwconv1d_forward_kernel
 from fastdit_kernels.launch import Launch, run
-from fastdit_kernels.partials import sum_partials
+from fastdit_kernels.partials import by_the_last_program, sum_partials
 
 __all__ = ["gelu_dwconv1d"]
 
-BLOCK = 64  # channels of a program: a 128-byte line of bf16
-MAX_PROGRAMS = 256  # for each block of channels: as many partial sums are added at the end
 LONGEST = 64  # tokens of a segment
 
 
@@ -86,42 +85,39 @@ def backward_split(B: int, L: int, K: int) -> Split:
     return split(B, L, BACKWARD_TILES[K], BACKWARD_TOKENS * K)
 
 
-def forward(h: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor, exact: bool, launch: Launch) -> Tensor:
-    """z like h; taps [K, F] in fp32."""
+def forward(h: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor, exact: bool, launch: Launch) -> tuple[Tensor, Tensor]:
+    """(z, counters), as `forward_outputs` has them; taps as `repack` makes them."""
     (B, L, F), K = h.shape, taps.shape[0]
-    z = torch.empty_like(h)
+    z, counters = forward_outputs(h)
     if z.numel():
         tile = FORWARD_TILES[K]
         segment, segments, programs, steps = forward_split(B, L, K)
         launch(
             gelu_dwconv1d_forward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_h=h, p_bias=bias, p_taps=taps,
-            p_conv_bias=conv_bias, p_z=z, num_segments=segments, steps=steps, L=L, F=F, K=K, SEGMENTS=tile.segments,
-            SEGMENT=segment, TOKENS=tile.tokens, BLOCK=BLOCK,
+            p_conv_bias=conv_bias, p_z=z, p_counters=counters, num_segments=segments, steps=steps, L=L, F=F, K=K,
+            SEGMENTS=tile.segments, SEGMENT=segment, TOKENS=tile.tokens, BLOCK=BLOCK,
             EXACT=exact or h.dtype != torch.bfloat16 or triton.knobs.runtime.interpret,
         )  # fmt: skip
-    return z
+    return z, counters
 
 
-def backward_outputs(h: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
-    """(dh, sums), not yet computed: dh like h; sums [K + 2, F] in fp32 are dtaps, dbias and dconv_bias."""
-    return torch.empty_like(h), taps.new_empty(taps.shape[0] + 2, taps.shape[1])
-
-
-def backward(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
-    """(dh, sums), as `backward_outputs` has them."""
+def backward(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, counters: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
+    """(dh, sums), as `backward_outputs` has them. counters are 0, and 0 again afterwards."""
     (B, L, F), K = h.shape, taps.shape[0]
-    dh, sums = backward_outputs(h, taps)
+    dh, sums = backward_outputs(h, bias, taps)
     if not h.numel():
         return dh, sums.zero_()
     tile = BACKWARD_TILES[K]
     segment, segments, programs, steps = backward_split(B, L, K)
     partials = taps.new_empty(1, programs, (K + 2) * F)
+    here = by_the_last_program(programs, (K + 2) * BLOCK)
     launch(
         gelu_dwconv1d_backward_kernel, (triton.cdiv(F, BLOCK), programs), tile.num_warps, p_dz=dz, p_h=h, p_bias=bias,
-        p_taps=taps, p_dh=dh, p_partials=partials, num_segments=segments, steps=steps, L=L, F=F, K=K, SEGMENTS=tile.segments,
-        SEGMENT=segment, TOKENS=tile.tokens, BLOCK=BLOCK,
+        p_taps=taps, p_dh=dh, p_partials=partials, p_counters=counters if here else None, p_sums=sums, num_segments=segments,
+        steps=steps, L=L, F=F, K=K, SEGMENTS=tile.segments, SEGMENT=segment, TOKENS=tile.tokens, BLOCK=BLOCK,
     )  # fmt: skip
-    sum_partials(partials, sums[None], launch)
+    if not here:
+        sum_partials(partials, sums[None], launch, taps=K)
     return dh, sums
 
 
@@ -129,52 +125,60 @@ def traffic(B: int, L: int, F: int, K: int, stream: int, parameter: int) -> dict
     """Bytes each direction touches: each program's distinct addresses, summed. `stream` and `parameter` are bytes per element.
 
     The floor of 2 and 3 streams; tokens that neighbouring programs both read; taps and biases, once a program; the fp32
-    partials, written and read, and their sum.
+    partials, written and read, and their sum, as the parameters are; counters, written forward and once more backward.
     """
     token = F * stream
     before, after = (K - 1) // 2, K // 2
     ahead, back = forward_split(B, L, K), backward_split(B, L, K)
     h_read = tokens_read(ahead, L, FORWARD_TILES[K], before, after)
     dz_read = tokens_read(back, L, BACKWARD_TILES[K], after, before)
-    sums = (K + 2) * F * 4
+    sums, counters = (K + 2) * F, 4 * triton.cdiv(F, BLOCK)
+    each = F * (4 * K + parameter) + 8 * sums
+    counted = counters * by_the_last_program(back.programs, (K + 2) * BLOCK)
     return {
-        "forward": (B * L + h_read) * token + ahead.programs * F * (4 * K + 2 * parameter),
-        "backward": (2 * B * L + dz_read) * token + back.programs * (F * (4 * K + parameter) + 2 * sums) + sums,
+        "forward": (B * L + h_read) * token + ahead.programs * F * (4 * K + 2 * parameter) + counters,
+        "backward": (2 * B * L + dz_read) * token + back.programs * each + parameter * sums + counted,
     }
+
+
+Forward = tuple[Tensor, Tensor, Tensor]
 
 
 # custom_op for ln_modulate's reasons.
 @torch.library.custom_op("fastdit::gelu_dwconv1d", mutates_args=())
-def gelu_dwconv1d(h: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor, exact: bool) -> Tensor:
-    """As `gelu_dwconv` on a grid of one length, which checks its arguments and repacks the weight: taps [K, F] in fp32."""
-    return forward(h, bias, taps, conv_bias, exact, run)
+def gelu_dwconv1d(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, exact: bool) -> Forward:
+    """(z, counters, taps): `gelu_dwconv` on a grid of one length, which checks its arguments, and what its backward needs."""
+    taps = repack(weight)
+    return *forward(h, bias, taps, conv_bias, exact, run), taps
 
 
 @gelu_dwconv1d.register_fake
-def _(h: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor, exact: bool) -> Tensor:
-    return torch.empty_like(h)
+def _(h: Tensor, bias: Tensor, weight: Tensor, conv_bias: Tensor, exact: bool) -> Forward:
+    return *forward_outputs(h), repack(weight)
 
 
 @torch.library.custom_op("fastdit::gelu_dwconv1d_backward", mutates_args=())
-def _backward_op(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
-    return backward(dz, h, bias, taps, run)
+def _backward_op(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
+    return backward(dz, h, bias, taps, counters, run)
 
 
 @_backward_op.register_fake
-def _(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
-    return backward_outputs(h, taps)
+def _(dz: Tensor, h: Tensor, bias: Tensor, taps: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
+    return backward_outputs(h, bias, taps)
 
 
 def _save(ctx, inputs, output) -> None:
-    h, bias, taps, _, _ = inputs
-    ctx.save_for_backward(h, bias, taps)
+    (h, bias, weight, _, _), (_, counters, taps) = inputs, output
+    ctx.shape = weight.shape
+    ctx.save_for_backward(h, bias, taps, counters)
+    ctx.mark_non_differentiable(counters, taps)
 
 
-def _differentiate(ctx, dz: Tensor) -> tuple[Tensor | None, ...]:
-    h, bias, taps = ctx.saved_tensors
-    dh, sums = _backward_op(dz.contiguous(), h, bias, taps)
-    dtaps, (dbias, dconv_bias) = sums[:-2], sums[-2:].to(bias.dtype)
-    return dh, dbias, dtaps, dconv_bias, None
+def _differentiate(ctx, dz: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    h, bias, taps, counters = ctx.saved_tensors
+    dh, sums = _backward_op(dz.contiguous(), h, bias, taps, counters)
+    dweight, dbias, dconv_bias = gradients(sums, len(bias))
+    return dh, dbias, dweight.view(ctx.shape), dconv_bias, None
 
 
 gelu_dwconv1d.register_autograd(_differentiate, setup_context=_save)

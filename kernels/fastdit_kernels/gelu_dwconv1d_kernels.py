@@ -25,7 +25,7 @@ The tokens of a segment are a tuple of tensors, of which Triton gives each threa
 import triton
 import triton.language as tl
 
-from fastdit_kernels.gelu_dwconv_kernels import gelu, gelu_and_slope, load_taps, locate_channels
+from fastdit_kernels.gelu_dwconv_kernels import add_partials, gelu, gelu_and_slope, load_taps, locate_channels
 
 __all__ = ["gelu_dwconv1d_backward_kernel", "gelu_dwconv1d_forward_kernel"]
 
@@ -52,6 +52,7 @@ def gelu_dwconv1d_forward_kernel(
     p_taps,  # [K, F] fp32
     p_conv_bias,  # [F]
     p_z,  # [B, L, F]
+    p_counters,  # int32, one for each block of channels, made 0 for the backward
     num_segments,  # in the whole batch
     steps,  # tiles of a program
     L: tl.constexpr,
@@ -66,6 +67,7 @@ def gelu_dwconv1d_forward_kernel(
     BEFORE: tl.constexpr = (K - 1) // 2
     AFTER: tl.constexpr = K // 2
     o_c, m_c = locate_channels(F, SEGMENTS, BLOCK)
+    tl.store(p_counters + tl.program_id(0), 0, mask=tl.program_id(1) == 0)
     b_half_bias = 0.5 * tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_conv_bias = tl.load(p_conv_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_taps = load_taps(p_taps + o_c, m_c, F, K)
@@ -104,6 +106,8 @@ def gelu_dwconv1d_backward_kernel(
     p_taps,  # [K, F] fp32
     p_dh,  # [B, L, F]
     p_partials,  # [programs, K + 2, F] fp32: dtaps, dbias and dconv_bias of each program's segments
+    p_counters,  # int32, one for each block of channels, or None where another kernel adds the partials
+    p_sums,  # [K + 2, F]: their sums, but that those of dtaps are [F, K]
     num_segments,  # in the whole batch
     steps,  # tiles of a program
     L: tl.constexpr,
@@ -167,3 +171,5 @@ def gelu_dwconv1d_backward_kernel(
         tl.store(p_partial + k * F, tl.sum(b_dweight[k], 0), mask=o_c < F)
     tl.store(p_partial + K * F, tl.sum(b_dbias, 0), mask=o_c < F)
     tl.store(p_partial + (K + 1) * F, tl.sum(b_dconv_bias, 0), mask=o_c < F)
+    if p_counters is not None:
+        add_partials(p_partials, p_counters, p_sums, K, F, BLOCK)

@@ -25,6 +25,8 @@ One thread's columns are a tuple of tensors, of which Triton gives each thread t
 import triton
 import triton.language as tl
 
+from fastdit_kernels.partials import add_rows, is_last
+
 __all__ = ["gelu_dwconv_backward_kernel", "gelu_dwconv_forward_kernel"]
 
 C = tl.constexpr(0.7978845608028654)  # √(2/π), of the tanh form of GELU
@@ -108,12 +110,26 @@ def load_taps(p_row, m_c, F: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def add_partials(p_partials, p_counters, p_sums, TAPS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr):
+    """The last program of a block of channels adds all their partials, and writes dtaps [TAPS, F] as the weight's [F, TAPS]."""
+    S = tl.num_programs(1)
+    if is_last(p_counters + tl.program_id(0), S):
+        ROWS: tl.constexpr = 8 if TAPS + 2 <= 8 else (16 if TAPS + 2 <= 16 else 32)
+        o_k = tl.arange(0, ROWS)[:, None]
+        o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        m = (o_k < TAPS + 2) & (o_c < F)
+        b_sum = add_rows(p_partials, S, (TAPS + 2) * F, o_k * F + o_c, m, 4)
+        tl.store(p_sums + tl.where(o_k < TAPS, o_c * TAPS + o_k, o_k * F + o_c), b_sum.to(p_sums.dtype.element_ty), mask=m)
+
+
+@triton.jit
 def gelu_dwconv_forward_kernel(
     p_h,  # [B, H·W, F]
     p_bias,  # [F]
     p_taps,  # [K·K, F] fp32
     p_conv_bias,  # [F]
     p_z,  # [B, H·W, F]
+    p_counters,  # int32, one for each block of channels, made 0 for the backward
     num_strips,  # in the whole batch
     steps,  # tiles of a program
     H: tl.constexpr,
@@ -128,6 +144,7 @@ def gelu_dwconv_forward_kernel(
     BEFORE: tl.constexpr = (K - 1) // 2
     AFTER: tl.constexpr = K // 2
     o_c, m_c = locate_channels(F, STRIPS, BLOCK)
+    tl.store(p_counters + tl.program_id(0), 0, mask=tl.program_id(1) == 0)
     b_half_bias = 0.5 * tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_conv_bias = tl.load(p_conv_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
     first = tl.program_id(1) * steps
@@ -172,6 +189,8 @@ def gelu_dwconv_backward_kernel(
     p_taps,  # [K·K, F] fp32
     p_dh,  # [B, H·W, F]
     p_partials,  # [programs, K·K + 2, F] fp32: dtaps, dbias and dconv_bias of each program's strips
+    p_counters,  # int32, one for each block of channels, or None where another kernel adds the partials
+    p_sums,  # [K·K + 2, F]: their sums, but that those of dtaps are [F, K·K]
     num_strips,  # in the whole batch
     steps,  # tiles of a program
     H: tl.constexpr,
@@ -250,3 +269,5 @@ def gelu_dwconv_backward_kernel(
         tl.store(p_partial + k * F, tl.sum(b_dweight[k], 0), mask=o_c < F)
     tl.store(p_partial + K * K * F, tl.sum(b_dbias, 0), mask=o_c < F)
     tl.store(p_partial + (K * K + 1) * F, tl.sum(b_dconv_bias, 0), mask=o_c < F)
+    if p_counters is not None:
+        add_partials(p_partials, p_counters, p_sums, K * K, F, BLOCK)

@@ -58,11 +58,11 @@ def _width(instruction: str) -> str:
     return next((width for width in ("128", "64", "16", "8") if re.search(rf"\.[US]?{width}\b", opcode)), "32")
 
 
-def read(kernel: str, cubin: bytes, ptx: str, trips: Sequence[int]) -> Compiled:
+def read(kernel: str, cubin: bytes, ptx: str, trips: Sequence[float]) -> Compiled:
     """Registers, memory accesses and instruction counts of a cubin.
 
-    `trips` says how often each loop of its SASS runs per entry, in the order of their addresses. Raises ValueError where
-    there are more or fewer loops. The PTX is searched for fp64 too.
+    `trips` says how often each loop of its SASS runs per entry, on average over programs, in the order of their addresses.
+    Raises ValueError where there are more or fewer loops. The PTX is searched for fp64 too.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
