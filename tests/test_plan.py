@@ -102,6 +102,23 @@ def test_planned_bytes_are_what_two_ranks_allocate(run_ranks, model, recompute):
             assert planned[name] == pytest.approx(size, rel=0.05), name
 
 
+@pytest.mark.parametrize(
+    ("change", "ranks", "on_gpu", "size"),
+    [
+        ({}, 1, True, 2),
+        ({}, 1, False, 4),
+        ({}, 2, True, 4),
+        ({"train": {"grad_accum": 2}}, 1, True, 4),
+        ({"train": {"ema": "posthoc"}}, 1, True, 4),
+        ({"parallel": {"precision": "fp32"}}, 1, True, 4),
+    ],
+)
+def test_a_gradient_takes_16_bits_where_the_optimizers_kernel_reads_it_so(change, ranks, on_gpu, size):
+    config = configs.replace(small(), **change)
+    held = footprint.state_bytes(config, ranks, on_gpu)
+    assert held["gradients"] == size * footprint.sizes(config.model, ranks).trained
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_peak_of_a_step_is_that_of_the_same_step_with_real_numbers(recompute):
     config = small(recompute)

@@ -11,7 +11,7 @@ from fastdit.config import Config
 from fastdit.embeddings import num_frequencies, out_channels
 from fastdit.planning.flops import macs_per_image
 from fastdit.planning.gpus import GPU
-from fastdit.planning.memory import sizes
+from fastdit.planning.memory import narrow_gradients, one_pass, sizes
 from fastdit.posthoc import EVERY
 from fastdit.runtime.hardware import compute_dtype, precision
 from fastdit.tokendrop import ends
@@ -121,17 +121,6 @@ def newton_schulz(config: Config, cluster: Cluster) -> tuple[float, float]:
     return max(flops), max(moved)
 
 
-def narrow_gradients(config: Config, cluster: Cluster) -> bool:
-    """Whether the optimizer reads gradients in 16 bits: by our kernel, where nothing is summed over ranks or micro-steps."""
-    narrow = compute_dtype(config.parallel.precision).itemsize < 4
-    return narrow and cluster.gpus == 1 and config.train.grad_accum == 1 and one_pass(config)
-
-
-def one_pass(config: Config) -> bool:
-    """Whether AdamW and the average are our kernel. Post-hoc averages move less often, beside PyTorch's AdamW."""
-    return config.kernels != "reference" and config.train.ema != "posthoc"
-
-
 def copied(config: Config, cluster: Cluster) -> float:
     """Bytes of a step's casts of weights and gradients between fp32 and what the network computes in.
 
@@ -143,7 +132,7 @@ def copied(config: Config, cluster: Cluster) -> float:
     if cluster.gpus > 1:
         gathers = 2 if p.reshard_after_forward else 1
         return gathers * ((4 + item) * s.shard + 2 * item * s.whole) + (item + 4) * s.whole
-    if item == 4 or narrow_gradients(config, cluster):
+    if item == 4 or narrow_gradients(config, cluster.gpus):
         return 0.0
     summed = item + 4 + (config.train.grad_accum - 1) * (item + 8)
     return (summed + (4 + item) * (not one_pass(config))) * s.trained
@@ -157,7 +146,7 @@ def optimizer_bytes(config: Config, cluster: Cluster) -> float:
     its average reads two and writes one.
     """
     item = compute_dtype(config.parallel.precision).itemsize
-    grad = item if narrow_gradients(config, cluster) else 4
+    grad = item if narrow_gradients(config, cluster.gpus) else 4
     ours = 32 + grad + (item if item < 4 and cluster.gpus == 1 else 0)
     trained = sizes(config.model, config.parallel.shard or cluster.local).trained
     average = 24 / EVERY if config.train.ema == "posthoc" else 12

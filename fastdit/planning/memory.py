@@ -80,7 +80,18 @@ def sizes(config: ModelConfig, ranks: int) -> Sizes:
     return Sizes(whole, block, whole - block * config.depth, shard, trained, matrices)
 
 
-def state_bytes(config: Config, ranks: int) -> dict[str, int]:
+def one_pass(config: Config) -> bool:
+    """Whether AdamW and the average are our kernel. Post-hoc averages move less often, beside PyTorch's AdamW."""
+    return config.kernels != "reference" and config.train.ema != "posthoc"
+
+
+def narrow_gradients(config: Config, ranks: int) -> bool:
+    """Whether the optimizer reads gradients in 16 bits: by our kernel, where nothing is summed over ranks or micro-steps."""
+    narrow = compute_dtype(config.parallel.precision).itemsize < 4
+    return narrow and ranks == 1 and config.train.grad_accum == 1 and one_pass(config)
+
+
+def state_bytes(config: Config, ranks: int, on_gpu: bool = True) -> dict[str, int]:
     """Bytes that one rank holds at any batch size, by kind, with the weights sharded over so many ranks."""
     s, p = sizes(config.model, ranks), config.parallel
     itemsize = compute_dtype(p.precision).itemsize
@@ -89,7 +100,7 @@ def state_bytes(config: Config, ranks: int) -> dict[str, int]:
         gathered = s.whole if itemsize < 4 else 0
     held = {
         "parameters": 4 * s.shard,
-        "gradients": 4 * s.trained,
+        "gradients": (itemsize if on_gpu and narrow_gradients(config, ranks) else 4) * s.trained,
         "AdamW moments": 8 * s.trained,
         "EMA": (8 if config.train.ema == "posthoc" else 4) * s.trained,
         "gathered weights": itemsize * gathered,
@@ -116,7 +127,7 @@ def batch_bytes(config: Config, batch: int, ops: Ops | None = None) -> dict[str,
 
 def largest_batch(config: Config, ranks: int, memory: float, ops: Ops | None = None) -> int:
     """The most images per rank and micro-step that fit into `memory` bytes with the weights sharded over `ranks`; 0: none."""
-    room = memory - RESERVED - sum(state_bytes(config, ranks).values())
+    room = memory - RESERVED - sum(state_bytes(config, ranks, on_gpu=ops is not CPU).values())
     low, high = (sum(batch_bytes(config, n, ops).values()) for n in (FEW, MANY))
     per_image = (high - low) / (MANY - FEW)  # what grows with the batch grows in proportion
     return max(0, int(MANY + (room - high) / per_image))
@@ -144,7 +155,7 @@ def check(config: Config, device: torch.device, ranks: int = 1, num_images: int 
     if held <= share:
         config = replace(config, parallel={"precision": precision(config.parallel.precision, device)})
         ops = None if device.type == "cuda" else CPU
-        held = sum(state_bytes(config, ranks).values())
+        held = sum(state_bytes(config, ranks, device.type == "cuda").values())
         reserved = RESERVED if device.type == "cuda" else PROCESS
         need = held + sum(batch_bytes(config, t.batch, ops).values()) + reserved
         if need <= share:
