@@ -60,6 +60,7 @@ ROWS = {
     "seed": others("the seed repository's way: its block, epsilon, 1e-4, no EMA", averaged=False, conv_kernel=4),
     "standard": others("a standard DiT trainer's way: plain MLP, linear schedule, epsilon, EMA", beta_schedule="linear"),
     "sit": others("SiT's way: plain MLP, flow, velocity, EMA", **VELOCITY),
+    "sit-raw": others("SiT's way without EMA: 0.9999 is longer than a short run", averaged=False, **VELOCITY),
     "before": Row("fastdit's cats at commit 9492b0a: DDPM, x0, squaredcos", BEFORE),
     "ours": Row("fastdit's cats", RECIPES["cats"]),
     "ddpm": without("DDPM that predicts x0 instead of flow", diffusion={"kind": "ddpm", "prediction": "x0"}),

@@ -170,12 +170,12 @@ def test_every_row_is_valid_and_each_less_is_ours_but_for_one_thing():
         assert row.averaged == (name != "no-ema")
     assert rows.ROWS["before"].config.diffusion == C.DiffusionConfig(prediction="x0")
     assert (rows.ROWS["before"].config.train.lr, rows.ROWS["slow"].config.train.lr) == (1e-3, 1e-3)
-    for name in ("seed", "standard", "sit"):
+    for name in ("seed", "standard", "sit", "sit-raw"):
         row = rows.ROWS[name]
         assert row.plain
         assert (row.config.train.lr, row.config.train.lr_decay, row.config.train.warmup_images) == (1e-4, "constant", 0)
     assert [rows.ROWS[n].config.model.conv_kernel for n in ("seed", "standard", "sit")] == [4, 0, 0]
-    assert not rows.ROWS["seed"].averaged
+    assert [n for n, row in rows.ROWS.items() if not row.averaged] == ["seed", "sit-raw", "no-ema"]
     assert rows.ROWS["standard"].config.diffusion.beta_schedule == "linear"
 
 
