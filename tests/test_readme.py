@@ -35,10 +35,10 @@ FLAGS = {"--help", "--table"}
 # Options of torchrun, sbatch, pytest and mkdocs that stand in sentences or beside ours.
 THEIRS = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts", "--nodes", "--ntasks-per-node"}
 THEIRS |= {"--gpus-per-node", "--requeue", "--signal", "--benchmark-compare", "--strict"}
-# And those of bench/board.py, by its source: it imports from its own folder.
-THEIRS |= {
-    f"--{name}" for name in re.findall(r"^    (\w+): [^=\n]+ = ", (ROOT / "bench" / "board.py").read_text(), re.MULTILINE)
-}
+# And those of these benches, by their source: they import from their own folder.
+for bench in ("board", "few_steps"):
+    text = (ROOT / "bench" / f"{bench}.py").read_text()
+    THEIRS |= {f"--{name}" for name in re.findall(r"^    (\w+): [^=\n]+ = ", text, re.MULTILINE)}
 
 
 def blocks(page: Path, language: str) -> list[str]:
