@@ -97,7 +97,7 @@ def save(session: Session) -> list[Path]:
 
 
 def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of this run, and of the file's those that it did not measure, with the commit that did."""
+    """The rows of this run, and of the file's those that it did not measure, with the commit and the device that did."""
 
     def key(row: dict[str, Any]) -> tuple[str, ...]:
         return row["op"], row["baseline"], row["shape"]
@@ -105,7 +105,7 @@ def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     measured = {key(row) for row in rows}
     before = json.loads(path.read_text()) if path.exists() else {"rows": []}
     kept = [row for row in before["rows"] if key(row) not in measured]
-    return [{"commit": before.get("commit"), **row} for row in kept] + rows
+    return [{"commit": before.get("commit"), "device": before.get("device"), **row} for row in kept] + rows
 
 
 def skipped(reports: Iterable[Any]) -> list[str]:

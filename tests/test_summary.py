@@ -25,8 +25,8 @@ def test_a_partial_run_keeps_the_rows_it_did_not_measure(tmp_path):
 
     path = tmp_path / "bench.json"
     assert summary.merged(path, [row("ours", 1)]) == [row("ours", 1)]
-    path.write_text(json.dumps({"commit": "abc", "rows": [row("ours", 1), row("theirs", 2)]}))
-    assert summary.merged(path, [row("ours", 3)]) == [{"commit": "abc"} | row("theirs", 2), row("ours", 3)]
+    path.write_text(json.dumps({"commit": "abc", "device": "a CPU", "rows": [row("ours", 1), row("theirs", 2)]}))
+    assert summary.merged(path, [row("ours", 3)]) == [{"commit": "abc", "device": "a CPU"} | row("theirs", 2), row("ours", 3)]
 
 
 def test_rows_are_on_disk_as_soon_as_their_bench_ends(tmp_path, monkeypatch):
